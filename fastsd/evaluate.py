@@ -1,0 +1,276 @@
+"""How good is a checkpoint: Avg@k, pass@k and maj@k, with intervals that say how sure we are.
+
+The statistics are plain numpy on a Q x K table of right / wrong / not scored, so they can be tested
+by hand and reused by the report. What the intervals mean, everywhere in fastsd:
+
+* The unit of resampling is the QUESTION (its K samples stay together): samples of one question are
+  far from independent, questions are what we would draw anew.
+* Several training seeds are averaged within each question before resampling. Such an interval is
+  about the questions; the spread between seeds is not in it and is printed beside it.
+* Two conditions are compared on the same questions: the interval is that of the mean difference per
+  question, which is much narrower than two intervals side by side.
+
+A sample whose reward is None was not scored. It is left out of its question's n and counted in
+`unscored`; a question without any scored sample is left out of the means.
+
+Axes: Q questions, K samples per question, S training seeds, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from fastsd.config import EvalConfig
+from fastsd.types import FastsdError, Prompt, Rollout
+
+METRICS = ("avg_at_k", "pass_at_k", "maj_at_k")
+RESAMPLES = 4000
+QUANTILES = (0.025, 0.975)
+
+Table = Sequence[Sequence[float | None]]
+Interval = tuple[float, float, float]
+
+
+class EvaluationError(FastsdError):
+    """An evaluation whose inputs do not fit together, or that scored nothing."""
+
+
+def _matrix(correct_QK: Table) -> np.ndarray:
+    """The table as float64 [Q, K] with NaN for None; EvaluationError for ragged or non-0/1 input."""
+    if not len(correct_QK) or len({len(row) for row in correct_QK}) != 1 or not len(correct_QK[0]):
+        lengths = sorted({len(row) for row in correct_QK})
+        raise EvaluationError(f"correct_QK must be a Q x K table; found row lengths {lengths}")
+    matrix_QK = np.array([[np.nan if c is None else c for c in row] for row in correct_QK], float)
+    if not np.isin(matrix_QK[~np.isnan(matrix_QK)], (0.0, 1.0)).all():
+        raise EvaluationError("correct_QK must hold 0, 1 or None only; rewards are not correctness")
+    return matrix_QK
+
+
+def avg_by_question(correct_QK: Table) -> np.ndarray:
+    """Share of scored samples that are right, float64 [Q]; NaN where nothing was scored."""
+    matrix_QK = _matrix(correct_QK)
+    scored_Q = (~np.isnan(matrix_QK)).sum(axis=1)
+    right_Q = np.nansum(matrix_QK, axis=1)
+    return np.where(scored_Q > 0, right_Q / np.maximum(scored_Q, 1), np.nan)
+
+
+def pass_by_question(correct_QK: Table, k: int | None = None) -> np.ndarray:
+    """Unbiased chance that one of k samples is right, 1 - C(n-c, k) / C(n, k), float64 [Q].
+
+    n scored samples of which c are right (Chen et al. 2021, arXiv 2107.03374, eq. 1); k defaults to K.
+    With n < k (samples that were not scored) all n are used: a lower bound. NaN where n = 0.
+    """
+    matrix_QK = _matrix(correct_QK)
+    k = matrix_QK.shape[1] if k is None else k
+    if not 1 <= k <= matrix_QK.shape[1]:
+        raise EvaluationError(f"pass@k needs 1 <= k <= {matrix_QK.shape[1]} samples; found k = {k}")
+
+    def one(row_K: np.ndarray) -> float:
+        n, c = int((~np.isnan(row_K)).sum()), int(np.nansum(row_K))
+        return 1.0 - math.comb(n - c, min(k, n)) / math.comb(n, min(k, n)) if n else math.nan
+
+    return np.array([one(row_K) for row_K in matrix_QK])
+
+
+def majority_by_question(
+    answers_QK: Sequence[Sequence[str | None]], correct_QK: Table
+) -> np.ndarray:
+    """Is the most frequent answer right? float64 [Q]; NaN where nothing was scored.
+
+    Votes are equal strings, as extracted; samples without an answer or a score have no vote, and a
+    scored question without votes is wrong. Ties count as the mean over the tied answers: what a coin
+    would give on average, whatever the order of the samples.
+    """
+    matrix_QK = _matrix(correct_QK)
+    if [len(row) for row in answers_QK] != [matrix_QK.shape[1]] * matrix_QK.shape[0]:
+        raise EvaluationError(f"answers_QK must have the shape of correct_QK, {matrix_QK.shape}")
+
+    def one(answers_K: Sequence[str | None], row_K: np.ndarray) -> float:
+        if np.isnan(row_K).all():
+            return math.nan
+        marks: dict[str, list[float]] = defaultdict(list)
+        for answer, mark in zip(answers_K, row_K, strict=True):
+            if answer is not None and not np.isnan(mark):
+                marks[answer].append(float(mark))
+        most = max((len(m) for m in marks.values()), default=0)
+        return float(np.mean([np.mean(m) for m in marks.values() if len(m) == most] or [0.0]))
+
+    return np.array([one(a, row_K) for a, row_K in zip(answers_QK, matrix_QK, strict=True)])
+
+
+def avg_at_k(correct_QK: Table) -> float:
+    """Mean over questions of the share of right samples (Avg@k, also mean@k)."""
+    return _mean(avg_by_question(correct_QK))
+
+
+def pass_at_k(correct_QK: Table, k: int | None = None) -> float:
+    """Mean over questions of `pass_by_question`."""
+    return _mean(pass_by_question(correct_QK, k))
+
+
+def maj_at_k(answers_QK: Sequence[Sequence[str | None]], correct_QK: Table) -> float:
+    """Mean over questions of `majority_by_question`."""
+    return _mean(majority_by_question(answers_QK, correct_QK))
+
+
+def _mean(values_Q: np.ndarray) -> float:
+    kept_Q = values_Q[~np.isnan(values_Q)]
+    if not kept_Q.size:
+        raise EvaluationError("no sample of any question was scored; every reward was None")
+    return float(kept_Q.mean())
+
+
+def bootstrap_interval(
+    values_Q: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """(mean, low, high): the 95 % percentile bootstrap interval of the mean over questions.
+
+    Questions with NaN are left out. The same values always give the same interval.
+    """
+    mean = _mean(values_Q)
+    kept_Q = values_Q[~np.isnan(values_Q)]
+    picks_RQ = np.random.default_rng(seed).integers(0, kept_Q.size, (resamples, kept_Q.size))
+    low, high = np.quantile(kept_Q[picks_RQ].mean(axis=1), QUANTILES)
+    return mean, float(low), float(high)
+
+
+def pool_seeds(values_SQ: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the seeds that scored each question, float64 [Q]; NaN where none did."""
+    stacked_SQ = np.stack([np.asarray(values_Q, float) for values_Q in values_SQ])
+    scored_Q = (~np.isnan(stacked_SQ)).sum(axis=0)
+    return np.where(scored_Q > 0, np.nansum(stacked_SQ, axis=0) / np.maximum(scored_Q, 1), np.nan)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation. Shares are fractions in [0, 1]; `intervals` holds metric -> (low, high).
+
+    correct_QK: 1, 0 or None (not scored); maj_Q: the majority's correctness by question;
+    mean_length: tokens per response; truncated_share: responses that never stopped.
+    """
+
+    questions: int
+    samples: int
+    avg_at_k: float
+    pass_at_k: float
+    maj_at_k: float
+    intervals: dict[str, tuple[float, float]]
+    mean_length: float
+    truncated_share: float
+    unscored: int
+    question_ids: list[str]
+    correct_QK: list[list[int | None]]
+    maj_Q: list[float | None]
+
+    def by_question(self, metric: str) -> np.ndarray:
+        """float64 [Q] values whose mean is the metric."""
+        if metric == "maj_at_k":
+            return np.array([np.nan if m is None else m for m in self.maj_Q], float)
+        by_question = {"avg_at_k": avg_by_question, "pass_at_k": pass_by_question}
+        return by_question[metric](self.correct_QK)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "intervals": {m: list(v) for m, v in self.intervals.items()}}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> EvalResult:
+        """Inverse of `to_json`; keys it does not know (such as "step") are ignored."""
+        missing = [f.name for f in fields(cls) if f.name not in record]
+        if missing:
+            raise EvaluationError(f"evaluation record lacks {', '.join(missing)}; evaluate again")
+        known = {f.name: record[f.name] for f in fields(cls)}
+        known["intervals"] = {m: (v[0], v[1]) for m, v in record["intervals"].items()}
+        return cls(**known)
+
+
+def pooled_interval(results: Sequence[EvalResult], metric: str = "avg_at_k") -> Interval:
+    """(mean, low, high) of one condition: seeds averaged within a question, questions resampled."""
+    _same_questions(results)
+    return bootstrap_interval(pool_seeds([r.by_question(metric) for r in results]))
+
+
+def paired_difference(
+    first: Sequence[EvalResult], second: Sequence[EvalResult], metric: str = "avg_at_k"
+) -> Interval:
+    """(mean, low, high) of first - second on the same questions, pooled over each one's seeds."""
+    _same_questions([*first, *second])
+    first_Q = pool_seeds([r.by_question(metric) for r in first])
+    second_Q = pool_seeds([r.by_question(metric) for r in second])
+    return bootstrap_interval(first_Q - second_Q)
+
+
+def _same_questions(results: Sequence[EvalResult]) -> None:
+    if not results:
+        raise EvaluationError("no evaluation result to pool")
+    for result in results[1:]:
+        if (result.question_ids, result.samples) != (results[0].question_ids, results[0].samples):
+            raise EvaluationError(
+                "these evaluations were not made on the same questions and number of samples "
+                f"({results[0].questions} x {results[0].samples} against "
+                f"{result.questions} x {result.samples}): they cannot be pooled or compared by question"
+            )
+
+
+def tabulate(
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[float | None],
+    answers: Sequence[str | None],
+    samples: int,
+) -> EvalResult:
+    """EvalResult of scored rollouts, grouped by prompt; a sample is right where its reward >= 1."""
+    if not rollouts or len(rollouts) % samples or not len(rollouts) == len(rewards) == len(answers):
+        raise EvaluationError(
+            f"{len(rollouts)} rollouts, {len(rewards)} rewards and {len(answers)} answers do not "
+            f"make whole groups of {samples} samples"
+        )
+    starts = range(0, len(rollouts), samples)
+    ids = [rollouts[start].prompt.id for start in starts]
+    if [r.prompt.id for r in rollouts] != [i for i in ids for _ in range(samples)]:
+        raise EvaluationError("rollouts are not grouped by prompt; the sampler broke its contract")
+    repeated = [i for i, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise EvaluationError(f"question id {repeated[0]!r} occurs twice; give each its own id")
+    right = [None if reward is None else int(reward >= 1.0) for reward in rewards]
+    correct_QK = [right[start : start + samples] for start in starts]
+    majority_Q = majority_by_question([answers[s : s + samples] for s in starts], correct_QK)
+    by_question = (avg_by_question(correct_QK), pass_by_question(correct_QK), majority_Q)
+    intervals = {m: bootstrap_interval(v) for m, v in zip(METRICS, by_question, strict=True)}
+    return EvalResult(
+        questions=len(ids),
+        samples=samples,
+        **{metric: interval[0] for metric, interval in intervals.items()},
+        intervals={metric: interval[1:] for metric, interval in intervals.items()},
+        mean_length=float(np.mean([len(r.response_ids) for r in rollouts])),
+        truncated_share=float(np.mean([r.truncated for r in rollouts])),
+        unscored=right.count(None),
+        question_ids=ids,
+        correct_QK=correct_QK,
+        maj_Q=[None if math.isnan(m) else float(m) for m in majority_Q],
+    )
+
+
+def evaluate(
+    sampler: Any,
+    reward_fn: Callable[..., Sequence[float | None]],
+    prompts: list[Prompt],
+    config: EvalConfig,
+    answer_of: Callable[[str], str | None],
+) -> EvalResult:
+    """Sample `config.samples` responses to each prompt and score them.
+
+    answer_of maps a response's text to the answer that votes in maj@k. The sampling key is
+    `config.seed` alone, so every condition and checkpoint meets the same random numbers.
+    """
+    from fastsd.verify import score_rollouts
+
+    rollouts = sampler.sample(
+        prompts, config.samples, key=(config.seed,), temperature=config.temperature
+    )
+    rewards = score_rollouts(reward_fn, rollouts)
+    return tabulate(rollouts, rewards, [answer_of(r.text) for r in rollouts], config.samples)

@@ -1,0 +1,154 @@
+"""From one configuration to its runs: conditions x seeds from one checkpoint, then the comparison.
+
+A single condition with a single seed is the same thing with one child. Every child is a complete
+run in `<run>/<condition>-seed<k>/`; the base is evaluated once and shared. The last line on stdout
+is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsd.cli import Invocation, dump_toml, for_condition
+from fastsd.feedback import CONDITIONS
+from fastsd.recorder import Recorder, implementations, run_dir_of
+from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
+from fastsd.session import Session, refuse_used_folder
+from fastsd.types import FastsdError
+
+if TYPE_CHECKING:
+    from fastsd.advantage import Localisation
+    from fastsd.config import Config
+    from fastsd.evaluate import EvalResult
+
+
+def run_experiment(invocation: Invocation) -> None:
+    """Runs everything the invocation asks for, prints the table, writes summary and report."""
+    from fastsd.report import write_report
+
+    config, start = invocation.config, time.perf_counter()
+    run_dir = _run_dir(config)
+    conditions = list(CONDITIONS) if config.condition == "all" else [config.condition]
+    children = [
+        (name, seed, for_condition(config, name).model_copy(update={"seed": seed, "seeds": 1}))
+        for seed in range(config.seed, config.seed + config.seeds)
+        for name in conditions
+    ]
+    base, where = _prepare(invocation, run_dir, children[0][2])
+    results: dict[str, list[EvalResult]] = {name: [] for name in conditions}
+    for name, seed, child in children:
+        results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base, invocation))
+    seconds = time.perf_counter() - start
+    summary = _summarise(config, run_dir, results, base, where, seconds)
+    write_report(run_dir)
+    _print_summary(summary)
+    print(f"report: {run_dir / 'report.html'}")
+    print(json.dumps(last_line(summary, run_dir)), flush=True)
+
+
+def last_line(summary: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The machine-readable result: Avg@k in percent, 95 % intervals, seeds, seconds, folder."""
+
+    def points(values) -> list[float]:
+        return [round(100 * value, 2) for value in values]
+
+    pooled = {name: one["pooled"]["avg_at_k"] for name, one in summary["conditions"].items()}
+    base = summary["base"]
+    average = {"base": base["avg_at_k"]} | {name: values[0] for name, values in pooled.items()}
+    intervals = {"base": base["intervals"]["avg_at_k"]} | {n: v[1:] for n, v in pooled.items()}
+    return {
+        f"avg_at_{base['samples']}": {n: points([v])[0] for n, v in average.items()},
+        "ci95": {name: points(interval) for name, interval in intervals.items()},
+        "differences": {name: points(v) for name, v in summary["differences"].items()},
+        "seeds": summary["seeds"],
+        "seconds": round(summary["seconds"], 1),
+        "run": str(run_dir),
+    }
+
+
+def _run_dir(config: Config) -> Path:
+    if config.resume == "auto" and "{time}" in config.run:
+        raise FastsdError(
+            f"--resume auto needs to know which run to continue: run = {config.run!r} names a new "
+            "folder each time; give --run FOLDER"
+        )
+    run_dir = run_dir_of(config.run, config.condition)
+    if config.resume == "never":
+        refuse_used_folder(run_dir)
+    return run_dir
+
+
+def _prepare(
+    invocation: Invocation, run_dir: Path, config: Config
+) -> tuple[EvalResult, dict[str, Localisation]]:
+    """Prints the header, evaluates the base once, measures where the contexts press on it."""
+    from fastsd.localise import measure_localisation
+
+    session = Session(config, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / "config.resolved.toml", dump_toml(invocation.config))
+    _print_header(invocation, session, run_dir)
+    with session.gate:
+        session.evaluate_if_due()
+        [(_, base), *_] = read_evaluations(run_dir)
+        found = run_dir / "localisation.json"
+        if not found.exists():
+            measured = {n: v.to_json() for n, v in measure_localisation(session).items()}
+            replace_text(found, json.dumps(measured, indent=2))
+    return base, _read_localisation(found)
+
+
+def _read_localisation(path: Path) -> dict[str, Localisation]:
+    from fastsd.advantage import Localisation
+
+    return {name: Localisation.from_json(one) for name, one in read_json(path).items()}
+
+
+def _run_child(
+    config: Config, run_dir: Path, base: EvalResult, invocation: Invocation
+) -> EvalResult:
+    from fastsd.train import train
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not read_evaluations(run_dir):
+        append_evaluation(run_dir, 0, base)
+    train(config, run_dir, Recorder(run_dir.name, sys.argv))
+    from fastsd.checkpoint import checkpoints
+    from fastsd.report import write_model_card
+
+    write_model_card(run_dir, checkpoints(run_dir)[0][1])
+    return read_evaluations(run_dir)[-1][1]
+
+
+def _summarise(config, run_dir, results, base, where, seconds) -> dict[str, Any]:
+    from fastsd.summary import summarise
+
+    summary = summarise(
+        results, base, localisation=where, task=config.data.task, seconds=seconds
+    )
+    replace_text(run_dir / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def _print_header(invocation: Invocation, session: Session, run_dir: Path) -> None:
+    config = invocation.config
+    print(f"fastsd: {', '.join(invocation.sources)}")
+    print(f"run folder {run_dir}")
+    print(f"model {config.model.name}, teacher {config.teacher.kind}, {config.loss.divergence}")
+    print("; ".join(f"{name}: {what}" for name, what in implementations(session).items()))
+    sys.stdout.flush()
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from fastsd.summary import console_table, plain_table
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(console_table(summary))
+    else:
+        print(plain_table(summary))

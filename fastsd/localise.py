@@ -1,0 +1,81 @@
+"""Why critique wins, measured: where does each context press on the solver's own tokens?
+
+Before any training, the solver answers held-out questions; for every wrong answer the self-teacher
+then reads the reference solution or the critique, and A_t = log T(y_t) - log S(y_t) is taken on
+each of the solver's tokens. A context that helps leaves right steps alone and presses on the wrong
+one (arXiv 2606.11173, its advantage analysis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from fastsd_kernels import fused_linear_statistics
+
+from fastsd.advantage import Localisation, localisation, token_spans
+from fastsd.feedback import CONDITIONS
+from fastsd.layout import Sample, micro_batches, student_trees, teacher_trees
+from fastsd.session import Session
+from fastsd.types import Rollout
+
+QUESTIONS = 64
+SAMPLES = 4
+
+
+@torch.no_grad()
+def measure_localisation(session: Session) -> dict[str, Localisation]:
+    """Localisation of every context, on the same rollouts of the session's present policy.
+
+    Needs a task with checkable steps; {} without one. The teacher is the policy itself, so call it
+    before the first update.
+    """
+    if session.task is None:
+        return {}
+    prompts = session.eval_prompts(min(QUESTIONS, session.config.eval.questions))
+    rollouts = session.sampler.sample(prompts, SAMPLES, key=(session.config.eval.seed, 1))
+    tokenizer = session.policy.tokenizer
+    steps = [session.task.steps(r.prompt.question, r.text) for r in rollouts]
+    spans = [token_spans(tokenizer, r.response_ids, r.text) for r in rollouts]
+    contexts = [name for name, condition in CONDITIONS.items() if condition.context]
+    return {
+        name: localisation(rollouts, context_advantages(session, rollouts, name), steps, spans)
+        for name in contexts
+    }
+
+
+def context_advantages(
+    session: Session, rollouts: Sequence[Rollout], condition: str
+) -> list[list[float]]:
+    """A_t for every response token of every rollout, the policy being its own teacher."""
+    policy, config = session.policy, session.config
+    samples = [_sample(session, rollout, condition) for rollout in rollouts]
+    advantages: list[list[float]] = []
+    for batch in micro_batches(samples, config.optim.micro_batch_tokens):
+        ids = [i for s in batch for i in s.rollout.response_ids]
+        statistics = fused_linear_statistics(
+            policy.hidden(student_trees(batch)),
+            policy.head_VD,
+            torch.tensor(ids, device=policy.device),
+            teacher_TD=policy.hidden(teacher_trees(batch)),
+            temperature=config.rollout.temperature,
+            impl=config.loss.impl,
+            **policy.head_options(),
+        )
+        advantage_T = statistics.teacher_logprob_T - statistics.student_logprob_T
+        lengths = [len(sample.rollout.response_ids) for sample in batch]
+        advantages += [part.tolist() for part in advantage_T.split(lengths)]
+    return advantages
+
+
+def _sample(session: Session, rollout: Rollout, name: str) -> Sample:
+    condition = CONDITIONS[name]
+    assert condition.context and condition.template
+    feedback = condition.context(rollout, session.task, session.config.critic.sees)
+    template = getattr(session.config.prompt, condition.template)
+    # No feedback, no pressure: the teacher then sees what the student sees.
+    student_ids = session.renderer.student(rollout.prompt)
+    teacher_ids = student_ids
+    if feedback.text is not None:
+        teacher_ids = session.renderer.teacher(rollout.prompt, template, feedback.text).ids
+    return Sample(rollout, student_ids, teacher_ids, 0.0, feedback.text)

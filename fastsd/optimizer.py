@@ -1,0 +1,236 @@
+"""AdamW on fp32 master weights, with the guards that a long run needs.
+
+The step is written so that it either happens whole or not at all. Norms are taken first; only
+when every one is finite do the weights and moments move, so a skipped step leaves them unchanged
+bit for bit. Low-precision parameters (bf16, fp16) get an fp32 master: their gradient is cast to
+it, AdamW moves the master, and the parameter is the master rounded. fp32 parameters are their own
+master. `torch.optim.AdamW(fused=True)` does the arithmetic: on a CPU it measured 3 to 7 times
+faster than the foreach and for-loop variants.
+
+The schedule counts calls of `step`, not applied updates, so that a cosine ends with the run
+whatever was skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.config import OptimConfig
+from fastsd.types import CheckpointError, FastsdError, TrainingDiverged
+
+MAX_NONFINITE_IN_A_ROW = 5
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Learning rate of the step-th call (from 0): linear warm-up, then constant or cosine.
+
+    Warm-up reaches lr at its last step: lr * (step + 1) / warmup_steps. The cosine is
+    lr * (1 + cos(pi * p)) / 2 with p = (step - warmup_steps) / (steps - warmup_steps): lr right
+    after the warm-up, zero as the last step ends.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over a model's trainable parameters.
+
+    Accumulate gradients with `loss.backward()` as often as needed, then call `step()`.
+    A matrix shared by two modules (embedding tied to the head) is one parameter under its first
+    name. Parameters with one dimension or none (biases, norms) are not decayed.
+    Raises FastsdError when the model has nothing to train.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: OptimConfig):
+        self.config = config
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise FastsdError(
+                "the model has no trainable parameter: model.freeze matches all of them; "
+                "remove entries from it"
+            )
+        self.masters = {
+            name: _fp32_copy(p) if p.dtype in _LOW_PRECISION else p
+            for name, p in self.parameters.items()
+        }
+        self.calls = 0
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
+        self.empty_steps = 0
+        decayed = [m for m in self.masters.values() if m.ndim >= 2]
+        plain = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [(decayed, config.weight_decay), (plain, 0.0)]
+        self._adamw = torch.optim.AdamW(
+            [{"params": params, "weight_decay": decay} for params, decay in groups if params],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def step(self) -> dict[str, float]:
+        """Clip, move the weights, clear the gradients.
+
+        Returns grad_norm (fp32 norms per tensor, before clipping; inf or nan when the gradient
+        is not finite), lr, and skipped (1.0 when nothing moved). Nothing moves when a gradient is
+        not finite (counted in `nonfinite_steps`), or when no parameter has a gradient other than
+        zero, e.g. because all of GRPO's groups agreed (counted in `empty_steps`).
+        Raises TrainingDiverged at the fifth non-finite gradient in a row.
+        """
+        lr = learning_rate(self.config, self.calls)
+        self.calls += 1
+        norms = self._gradient_norms()
+        norm = math.sqrt(math.fsum(n * n for n in norms.values()))
+        finite = math.isfinite(norm)
+        moved = finite and norm > 0.0
+        if moved:
+            self._apply(lr, norm)
+            self.nonfinite_in_a_row = 0
+        elif finite:
+            self.empty_steps += 1
+        self.zero_grad()
+        if not finite:
+            self._count_nonfinite(norms, lr)
+        return {"grad_norm": norm, "lr": lr, "skipped": float(not moved)}
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.masters[name].grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by "master/NAME", "exp_avg/NAME", "exp_avg_sq/NAME": live, fp32.
+
+        The masters of fp32 parameters are included, so that these tensors alone restore the
+        trainable weights exactly. A parameter that never got a gradient has no moments.
+        """
+        tensors = {f"master/{name}": m.detach() for name, m in self.masters.items()}
+        for name, master in self.masters.items():
+            state = self._adamw.state.get(master, {})
+            tensors.update({f"{key}/{name}": state[key] for key in _MOMENTS if key in state})
+        return tensors
+
+    def state_json(self) -> dict[str, Any]:
+        """Schedule position, skip counters and AdamW's step count of each parameter."""
+        return {
+            "calls": self.calls,
+            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "empty_steps": self.empty_steps,
+            "updates": {
+                name: int(self._adamw.state[master]["step"].item())
+                for name, master in self.masters.items()
+                if master in self._adamw.state
+            },
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore what `state_tensors` and `state_json` gave, the model's parameters included.
+
+        Checks everything before it changes anything. Raises CheckpointError naming the tensor
+        that is missing, unknown, or of another shape or dtype.
+        """
+        updates = state["updates"]
+        wanted = {f"master/{name}": m for name, m in self.masters.items()}
+        for name in updates:
+            if name not in self.masters:
+                raise CheckpointError(_mismatch(name, "is not a trainable parameter of this model"))
+            wanted.update({f"{key}/{name}": self.masters[name] for key in _MOMENTS})
+        _check_tensors(wanted, tensors)
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master/{name}"])
+            if self.parameters[name] is not master:
+                self.parameters[name].copy_(master)
+        self._adamw.state.clear()
+        for name, count in updates.items():
+            master = self.masters[name]
+            restored = {
+                key: tensors[f"{key}/{name}"].to(master.device, copy=True) for key in _MOMENTS
+            }
+            step = torch.tensor(float(count), dtype=torch.float32, device=master.device)
+            self._adamw.state[master] = {"step": step, **restored}
+        self.calls = state["calls"]
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.empty_steps = state["empty_steps"]
+
+    def _gradient_norms(self) -> dict[str, float]:
+        """L2 norm of each gradient in fp32; casts low-precision gradients to their master."""
+        names = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            names.append(name)
+            if self.masters[name] is not parameter:
+                self.masters[name].grad = parameter.grad.float()
+                parameter.grad = None
+        if not names:
+            return {}
+        norms = [torch.linalg.vector_norm(self.masters[name].grad) for name in names]
+        # One transfer for all of them: an .item() per tensor would stall a GPU hundreds of times.
+        return dict(zip(names, torch.stack(norms).tolist(), strict=True))
+
+    def _apply(self, lr: float, norm: float) -> None:
+        if norm > self.config.max_grad_norm:
+            scale = self.config.max_grad_norm / norm
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(scale)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def _count_nonfinite(self, norms: Mapping[str, float], lr: float) -> None:
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row < MAX_NONFINITE_IN_A_ROW:
+            return
+        bad = next((name for name, norm in norms.items() if not math.isfinite(norm)), None)
+        bad = bad or max(norms, key=norms.__getitem__)
+        raise TrainingDiverged(
+            f"{self.nonfinite_in_a_row} non-finite gradients in a row (update {self.calls}): the "
+            f"first bad one is of {bad!r} (norm {norms[bad]}) at learning rate {lr:g}. The weights "
+            "are those of the last good update. Lower optim.lr, or look at metrics.jsonl for what "
+            "grew before"
+        )
+
+
+def _fp32_copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.float32, copy=True)
+
+
+def _check_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, like in wanted.items():
+        if name not in found:
+            raise CheckpointError(_mismatch(name, "is missing from the saved optimizer state"))
+        have = (tuple(found[name].shape), found[name].dtype)
+        want = (tuple(like.shape), like.dtype)
+        if have != want:
+            raise CheckpointError(_mismatch(name, f"is {have}, this model needs {want}"))
+    for name in found:
+        if name.startswith(("master/", "exp_avg/", "exp_avg_sq/")) and name not in wanted:
+            raise CheckpointError(_mismatch(name, "is not part of this model's optimizer"))
+
+
+def _mismatch(name: str, what: str) -> str:
+    return (
+        f"optimizer state: {name!r} {what}. Resume with the same model, model.lora and "
+        "model.freeze as the run that saved it"
+    )

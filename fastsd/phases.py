@@ -1,0 +1,54 @@
+"""Where a step's time goes: seconds and tokens by phase, and the peak of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+
+from fastsd.types import StepMetrics
+
+PHASES = ("rollout", "critic", "student", "teacher", "head", "optimizer")
+
+
+class PhaseClock:
+    """Adds up wall-clock seconds and tokens by phase; `metrics` reads and resets them."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._tokens = dict.fromkeys(PHASES, 0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._seconds[name] += self._now() - start
+        self._tokens[name] += tokens
+
+    def metrics(self) -> StepMetrics:
+        """time/PHASE_s, tokens_per_s/PHASE for the phases that ran, memory/peak_mib."""
+        values = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        values["time/step_s"] = sum(self._seconds.values())
+        for name, tokens in self._tokens.items():
+            if tokens:
+                values[f"tokens_per_s/{name}"] = tokens / max(self._seconds[name], 1e-9)
+        values["memory/peak_mib"] = peak_memory_mib(self._device)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._tokens = dict.fromkeys(PHASES, 0)
+        return values
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of device memory on CUDA, of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

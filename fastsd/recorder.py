@@ -1,0 +1,148 @@
+"""What a run leaves behind while it trains: run.json, metrics, completions, and a progress line.
+
+On a terminal one live line shows the step; elsewhere a plain line is printed now and then, so that
+a log file stays readable.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsd import __version__
+from fastsd.cli import dump_toml
+from fastsd.interrupt import Interrupted
+from fastsd.run_folder import CompletionRow, MetricsWriter, replace_text, write_completions
+
+if TYPE_CHECKING:
+    from fastsd.loss import StepStatistics
+    from fastsd.session import Session
+
+COMPLETIONS_EVERY = 10
+
+
+class Recorder:
+    """Writes one run's files. `label` names the run in the progress line."""
+
+    def __init__(self, label: str, argv: Sequence[str] = ()):
+        self.label = label
+        self.argv = list(argv)
+        self._live: Any = None
+        self._writer: MetricsWriter | None = None
+
+    def open(self, session: Session, *, resumed: bool) -> None:
+        """Creates the run folder's first files; after a resume drops what will be done again."""
+        run_dir = session.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_text(run_dir / "config.resolved.toml", dump_toml(session.config))
+        replace_text(run_dir / "run.json", json.dumps(run_facts(session, self.argv), indent=2))
+        self._writer = MetricsWriter(run_dir, keep_through=session.step)
+        self._start, self._first_step = time.perf_counter(), session.step
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=4, transient=True)
+            self._live.start()
+        if resumed:
+            self.say(f"{self.label}: resumed after update {session.step}")
+
+    def record(self, session: Session, statistics: StepStatistics) -> None:
+        """After an update: metrics, now and then completions, the progress line."""
+        assert self._writer is not None
+        metrics = statistics.metrics()
+        with session.gate.closed():
+            self._writer.write(session.step, metrics)
+            if session.step == 1 or session.step % COMPLETIONS_EVERY == 0 or session.done:
+                write_completions(session.run_dir, session.step, _rows(statistics))
+        self._progress(session, metrics)
+
+    def say(self, line: str) -> None:
+        """A line that stays, on a terminal and in a log."""
+        print(line, flush=True) if self._live is None else self._live.console.print(
+            line, markup=False, highlight=False
+        )
+
+    def stopped(self, session: Session, stop: BaseException) -> None:
+        """An interrupted run is saved as of its last whole update; other errors keep what is saved."""
+        if isinstance(stop, Interrupted):
+            path = session.save()
+            self.say(f"{self.label}: {stop} after update {session.step}, saved {path}")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._live is not None:
+            self._live.stop()
+
+    def _progress(self, session: Session, metrics: dict[str, float]) -> None:
+        steps = session.config.optim.steps
+        elapsed = time.perf_counter() - self._start
+        left = elapsed / (session.step - self._first_step) * (steps - session.step)
+        shown = ("loss", "reward/mean", "divergence/mean", "entropy/mean", "length/mean")
+        values = "  ".join(f"{n.split('/')[0]} {metrics[n]:.3f}" for n in shown if n in metrics)
+        line = f"{self.label}  {session.step}/{steps}  {values}  {left:.0f} s left"
+        if self._live is not None:
+            self._live.update(line)
+        elif session.step % max(1, steps // 5) == 0 or session.done:
+            print(line, flush=True)
+
+
+def run_facts(session: Session, argv: Sequence[str]) -> dict[str, Any]:
+    """run.json: what ran, with what, where."""
+    import numpy
+    import torch
+    import transformers
+
+    config = session.config
+    return {
+        "fastsd": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+        "argv": list(argv),
+        "condition": config.condition,
+        "seed": config.seed,
+        "eval_seed": config.eval.seed,
+        "implementations": implementations(session),
+    }
+
+
+def implementations(session: Session) -> dict[str, str]:
+    """Which implementation of each operation this run uses."""
+    from fastsd_kernels.loss_head import choose_implementation
+
+    policy = session.policy
+    return {
+        "loss_head": choose_implementation(session.config.loss.impl, policy.head_VD),
+        "attention": "torch sdpa, " + ("shared prefix" if policy.shares_prefixes else "full rows"),
+        "sampler": "in-process, shared prefix",
+        "device": str(policy.device),
+        "dtype": str(policy.head_VD.dtype).removeprefix("torch."),
+        "threads": str(_threads()),
+    }
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _rows(statistics: StepStatistics) -> list[CompletionRow]:
+    return [
+        CompletionRow(s.rollout, s.advantage, s.feedback, statistics.divergence(s))
+        for s in statistics.samples
+    ]
+
+
+def run_dir_of(template: str, condition: str) -> Path:
+    """The run folder that a configuration's `run` names."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return Path(template.replace("{condition}", condition).replace("{time}", now))

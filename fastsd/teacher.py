@@ -1,0 +1,70 @@
+"""The self-teacher: the same model, shown question and feedback, with one of four sets of weights.
+
+    live          the student's weights at this very step
+    ema           their moving average, teacher <- (1 - rate) * teacher + rate * student
+    frozen        the weights before the first update, as a second copy
+    adapter_off   the same weights without a copy: the student with its LoRA adapters off
+
+Whatever the kind, no gradient ever reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsd.config import TeacherConfig
+from fastsd.model import Policy, trainable_parameters
+from fastsd.types import TokenTree
+
+
+class Teacher:
+    """Hidden states of the self-teacher for token trees."""
+
+    def __init__(self, student: Policy, config: TeacherConfig):
+        self.config = config
+        copied = config.kind in ("ema", "frozen")
+        self.policy = student.copy() if copied else student
+        # The average moves by a fraction of a bf16 step per update: keep it in fp32.
+        self._average = (
+            {name: p.detach().float().clone() for name, p in trainable_parameters(student.model)}
+            if config.kind == "ema"
+            else {}
+        )
+
+    @torch.no_grad()
+    def hidden(self, trees: Sequence[TokenTree]) -> Tensor:
+        """hidden_TD as Policy.hidden, without gradient."""
+        with self._adapters_off():
+            return self.policy.hidden(trees)
+
+    @property
+    def head_VD(self) -> Tensor:
+        return self.policy.head_VD.detach()
+
+    @torch.no_grad()
+    def update(self, masters: Mapping[str, Tensor]) -> None:
+        """After each optimizer step. masters: the student's fp32 parameters by name."""
+        parameters = dict(self.policy.model.named_parameters())
+        for name, average in self._average.items():
+            average.lerp_(masters[name].float(), self.config.ema_rate)
+            parameters[name].copy_(average)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resume needs: the moving average, by parameter name."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.policy.model.named_parameters())
+        for name, average in self._average.items():
+            average.copy_(tensors[name])
+            parameters[name].copy_(average)
+
+    def _adapters_off(self):
+        if self.config.kind == "adapter_off":
+            return self.policy.model.disable_adapter()
+        return contextlib.nullcontext()

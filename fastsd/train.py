@@ -1,0 +1,96 @@
+"""python -m fastsd.train: the loop.
+
+One optimizer step is: roll out, verify, get feedback, run student and teacher over the same
+response tokens, let the loss head compare them, step. What differs between the conditions is data
+(`fastsd.feedback.CONDITIONS`), so the loop below does not know their names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastsd.config import Config
+    from fastsd.layout import Sample
+    from fastsd.loss import StepStatistics
+    from fastsd.recorder import Recorder
+    from fastsd.session import Session
+
+
+def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
+    """Trains one condition with one seed into `run_dir`, continuing what is there if asked to."""
+    from fastsd.session import Session
+
+    session = Session(config, run_dir)
+    recorder.open(session, resumed=config.resume == "auto" and session.restore())
+    try:
+        with session.gate:
+            while True:
+                session.evaluate_if_due()
+                if session.done:
+                    break
+                samples = session.next_samples()
+                recorder.record(session, update(session, samples))
+                session.save_if_due()
+    except BaseException as stop:
+        recorder.stopped(session, stop)
+        raise
+    finally:
+        recorder.close()
+
+
+def update(session: Session, samples: Sequence[Sample]) -> StepStatistics:
+    """One optimizer step on `samples`. Nothing that a resume needs changes before its last block."""
+    from fastsd.layout import micro_batches, student_trees
+    from fastsd.loss import StepStatistics, TokenWeights, loss_head
+
+    weights = TokenWeights.for_step(samples, session.maker)
+    statistics = StepStatistics(samples)
+    session.optimizer.zero_grad()
+    counted = [sample for sample in samples if weights.counts(sample)]
+    for batch in micro_batches(counted, session.config.optim.micro_batch_tokens):
+        trees = student_trees(batch)
+        with session.clock.phase("student", sum(tree.tokens for tree in trees)):
+            student_TD = session.policy.hidden(trees)
+        teacher_TD = session.teacher_hidden(batch, student_TD) if weights.divergence else None
+        with session.clock.phase("head", len(student_TD)):
+            out = loss_head(student_TD, teacher_TD, batch, weights, session)
+        with session.clock.phase("student"):
+            out.loss.backward()
+        statistics.add(batch, out)
+    with session.gate.closed(), session.clock.phase("optimizer"):
+        stepped = session.optimizer.step()
+        if session.teacher is not None:
+            session.teacher.update(session.optimizer.masters)
+        session.advance()
+    statistics.extra = {**stepped, **session.clock.metrics()}
+    return statistics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: see `python -m fastsd.train --help`."""
+    from fastsd.cli import load_config, run_main
+    from fastsd.interrupt import Interrupted
+
+    def run() -> None:
+        invocation = load_config(sys.argv[1:] if argv is None else list(argv))
+        if invocation.dry_run:
+            from fastsd.dry_run import dry_run
+
+            dry_run(invocation)
+        else:
+            from fastsd.experiment import run_experiment
+
+            run_experiment(invocation)
+
+    try:
+        return run_main(run)
+    except Interrupted as stop:
+        return stop.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

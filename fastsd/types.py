@@ -1,0 +1,154 @@
+"""The whole story in dataclasses: what flows through a training step, in order.
+
+    Prompt -> Rollout -> Feedback -> TokenTree -> StepMetrics
+
+Everything imports this module; it imports nothing of fastsd and nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `messages` are chat turns (role, content); the last is the user's question."""
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    answer: str | None = None
+    solution: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    response_ids are the ids as sampled (a stop token included, never re-tokenised); logprobs are
+    log p(y_t) of the temperature-scaled policy before top-k / top-p, one per id; text is the
+    decoded response without special tokens. truncated: it reached max_new_tokens without a stop.
+    reward: None means "no signal".
+    """
+
+    prompt: Prompt
+    sample: int
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    truncated: bool
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a response: character span [start, end) of its text, and whether it is right."""
+
+    start: int
+    end: int
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Critique:
+    """A critic's step-aligned rewrite of a trace. text=None: the critic gave nothing usable."""
+
+    text: str | None
+    first_error: int | None = None
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the self-teacher is shown for one rollout. text=None: this rollout has no teacher."""
+
+    text: str | None
+    first_error: int | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One continuation of a TokenTree's prefix: context (the teacher's feedback), then response.
+
+    Hidden states are wanted for the rows that predict `response_ids` only.
+    """
+
+    context_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """[ prefix | branch_1 ... branch_G ]: positions of every branch restart at len(prefix)."""
+
+    prefix_ids: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(branch.response_ids) for branch in self.branches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the network when the prefix is computed once."""
+        inner = sum(len(b.context_ids) + len(b.response_ids) for b in self.branches)
+        return len(self.prefix_ids) + inner
+
+
+# Metric name -> number, flat ("time/rollout_s", "reward/mean"): one JSON line per optimizer step.
+StepMetrics = dict[str, float]
+
+
+class Critic(Protocol):
+    """Writes feedback for one attempt. A frozen judge of the trace; it never sets the reward."""
+
+    def critique(self, question: str, trace: str, reference: str | None) -> Critique: ...
+
+
+class Task(Protocol):
+    """A procedural task with checkable steps."""
+
+    name: str
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        """The index-th question of split "train" or "eval"; deterministic, unbounded."""
+        ...
+
+    def reward(self, prompts: list, completions: list, **columns: list) -> list[float | None]:
+        """Binary reward with TRL's reward-function signature (conversational completions)."""
+        ...
+
+    def critique(self, question: str, trace: str, reference: str | None) -> Critique:
+        """The rule-based critic: `Critic.critique`."""
+        ...
+
+    def answer(self, response: str) -> str | None:
+        """The final answer that votes in maj@k; None where there is none."""
+        ...
+
+    def steps(self, question: str, response: str) -> list[Step]:
+        """The response's steps with right/wrong, for localisation figures."""
+        ...
+
+
+class FastsdError(Exception):
+    """An error meant for the user: printed without a traceback, ends with `exit_code`."""
+
+    exit_code = 2
+
+
+class CriticUnavailable(FastsdError):
+    exit_code = 3
+
+
+class TrainingDiverged(FastsdError):
+    exit_code = 4
+
+
+class CheckpointError(FastsdError):
+    exit_code = 5

@@ -1,0 +1,28 @@
+"""Kernels for on-policy self-distillation that any codebase can import.
+
+Names are re-exported lazily: importing the package costs next to nothing and pulls in neither
+triton nor transformers. Tensors in, tensors out; no trainer types.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_HOME = {
+    "fused_linear_loss": "loss_head",
+    "fused_linear_statistics": "loss_head",
+    "LossHeadOutput": "loss_head",
+    "LossHeadStatistics": "loss_head",
+}
+
+__all__ = ["LossHeadOutput", "LossHeadStatistics", "fused_linear_loss", "fused_linear_statistics"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,440 @@
+"""Checkpoints under kills, bit flips, truncations, missing files and full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsd import checkpoint
+from fastsd.checkpoint import checkpoints, load_latest, save_checkpoint, verify
+from fastsd.types import CheckpointError
+
+FORK = multiprocessing.get_context("fork")
+
+
+def write_light_model(folder):
+    (folder / "config.json").write_text('{"model_type": "none"}')
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 256)
+
+
+def tensors_of(step):
+    return {
+        "master/w": torch.full((64, 32), float(step)),
+        "half": torch.arange(33, dtype=torch.bfloat16) / 7 + step,
+        "rng": torch.arange(100, dtype=torch.uint8),
+    }
+
+
+def state_of(step):
+    return {
+        "cursor": step,
+        "rng": [3, [2**62, 1, -5], None],
+        "buffer": [{"text": "é\u2028\ud800 <|im_end|>", "logprobs": [0.1 + 0.2, -1e-308, -0.0]}],
+    }
+
+
+def save(run, step, keep=3):
+    return save_checkpoint(run, step, write_light_model, tensors_of(step), state_of(step), keep)
+
+
+def assert_holds(loaded, step):
+    assert loaded is not None and loaded.step == step
+    for name, tensor in tensors_of(step).items():
+        assert loaded.tensors[name].dtype == tensor.dtype
+        assert torch.equal(loaded.tensors[name], tensor)
+    assert loaded.state == state_of(step)
+    # repr tells -0.0 from 0.0.
+    assert repr(loaded.state["buffer"][0]["logprobs"]) == repr([0.1 + 0.2, -1e-308, -0.0])
+
+
+def test_round_trip_and_layout(tmp_path):
+    path = save(tmp_path, 10)
+    assert path == tmp_path / "checkpoint-10"
+    names = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    trainer = {"trainer/state.safetensors", "trainer/state.json"}
+    assert names == {"config.json", "model.safetensors", "MANIFEST.json"} | trainer
+    assert_holds(load_latest(tmp_path), 10)
+    assert load_latest(tmp_path / "nothing") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_rotation_keeps_the_newest_by_number(tmp_path):
+    for step in (1, 2, 9, 10, 11):
+        save(tmp_path, step, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [11, 10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_rotation_waits_for_the_new_one_to_verify(tmp_path, monkeypatch):
+    save(tmp_path, 1, keep=1)
+    real_rename = os.rename
+
+    def rename_then_damage(source, target):
+        real_rename(source, target)
+        (Path(target) / "trainer/state.json").write_text("{}")
+
+    monkeypatch.setattr(os, "rename", rename_then_damage)
+    with pytest.raises(CheckpointError, match="checkpoint-2 is not valid: trainer/state.json"):
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert_holds(load_latest(tmp_path), 1)
+
+
+def test_never_overwrites(tmp_path):
+    path = save(tmp_path, 1)
+    before = (path / "MANIFEST.json").stat().st_ino
+    assert save(tmp_path, 1) == path
+    assert (path / "MANIFEST.json").stat().st_ino == before
+    with pytest.raises(CheckpointError, match="not overwritten"):
+        save_checkpoint(tmp_path, 1, write_light_model, tensors_of(2), state_of(2), 3)
+    assert_holds(load_latest(tmp_path), 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_after_a_fall_back_the_damaged_one_makes_room(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-3/trainer/state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert_holds(load_latest(tmp_path), 2)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"checkpoint {tmp_path / 'checkpoint-3'} is not valid: trainer/state.json is missing; "
+        "trying the checkpoint before it"
+    ]
+    save(tmp_path, 3, keep=1)
+    assert_holds(load_latest(tmp_path), 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-3.damaged1"]
+
+
+def test_rotation_spares_the_one_just_saved_below_a_damaged_one(tmp_path):
+    for step in (5, 10):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-10/MANIFEST.json").unlink()
+    save(tmp_path, 6, keep=1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 6]
+    assert_holds(load_latest(tmp_path), 6)
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        load_latest(tmp_path)
+    assert CheckpointError.exit_code == 5
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_corruption_is_found_and_falls_back(tmp_path, cases, caplog):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    pristine = tmp_path / "pristine"
+    shutil.copytree(path, pristine)
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    rng = random.Random(0)
+    for case in range(cases):
+        name = names[case % len(names)]
+        damage = ("flip", "truncate", "remove", "flip", "extend", "flip")[case // len(names) % 6]
+        raw = bytearray((pristine / name).read_bytes())
+        if damage == "flip":
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        elif damage == "truncate":
+            # One byte less is the case a lenient reader forgives.
+            del raw[rng.choice([len(raw) - 1, rng.randrange(len(raw))]) :]
+        elif damage == "extend":
+            raw += b"\n"
+        (path / name).write_bytes(raw)
+        if damage == "remove":
+            (path / name).unlink()
+        with pytest.raises(CheckpointError, match="is not valid"):
+            verify(path)
+        if case % 10 == 0:
+            caplog.clear()
+            assert_holds(load_latest(tmp_path), 1)
+            assert len(caplog.records) == 1
+        shutil.copyfile(pristine / name, path / name)
+    assert_holds(load_latest(tmp_path), 2)
+
+
+def test_pickles_are_neither_written_nor_read(tmp_path):
+    save(tmp_path, 1)
+
+    def with_pickle(folder):
+        write_light_model(folder)
+        (folder / "training_args.bin").write_bytes(b"\x80\x04.")
+
+    with pytest.raises(CheckpointError, match="training_args.bin: a pickle"):
+        save_checkpoint(tmp_path, 2, with_pickle, {}, {}, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    path = save(tmp_path, 2)
+    (path / "trainer" / "optimizer.pt").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match=r"trainer/optimizer.pt, and pickles are never read"):
+        verify(path)
+    assert_holds(load_latest(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": [1.0, float("nan")]}, r"state.a\[1\] is nan"),
+        ({"a": {"b": float("-inf")}}, r"state.a.b is -inf"),
+        ({"a": {3: 1}}, r"state.a has the key 3"),
+        ({"a": torch.zeros(1)}, r"state.a is a Tensor"),
+        ({"a": b"x"}, r"state.a is a bytes"),
+    ],
+)
+def test_state_that_json_cannot_hold_is_refused(tmp_path, state, message):
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(tmp_path, 1, write_light_model, {}, state, 1)
+    assert checkpoints(tmp_path) == []
+
+
+def test_shared_and_strided_tensors(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"a": base, "b": base[1], "c": base.t(), "d": base.view(-1), "e": torch.tensor(3.0)}
+    save_checkpoint(tmp_path, 1, write_light_model, tensors, {}, 1)
+    loaded = load_latest(tmp_path)
+    assert all(torch.equal(loaded.tensors[name], tensors[name]) for name in tensors)
+
+
+def test_full_disk_simulated_at_every_sync(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    real_sync, calls, fail_at = os.fsync, [0], [0]
+
+    def full(descriptor):
+        calls[0] += 1
+        if calls[0] == fail_at[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    # 5 files, 2 folders; the eighth syncs the run folder, after the rename.
+    for fail_at[0] in range(1, 8):
+        calls[0] = 0
+        with pytest.raises(CheckpointError, match="No space left on device.*intact"):
+            save(tmp_path, 2)
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    fail_at[0] = 0
+    assert_holds(load_latest(tmp_path), 1)
+    save(tmp_path, 2)
+    assert_holds(load_latest(tmp_path), 2)
+
+
+def save_with_file_limit(run, limit, report):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        save(run, 2)
+        report.send("saved")
+    except CheckpointError as error:
+        report.send(f"refused: {error}")
+
+
+@pytest.mark.parametrize("limit", [10, 100, 600, 5_000, 10_000, 60_000])
+def test_writes_that_fail_for_real(tmp_path, limit):
+    """A file size limit makes Python's and safetensors' own writes fail as a full disk does."""
+    save(tmp_path, 1)
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=save_with_file_limit, args=(tmp_path, limit, sender))
+    child.start()
+    assert receiver.poll(30)
+    assert receiver.recv().startswith("refused: could not save")
+    child.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert_holds(load_latest(tmp_path), 1)
+
+
+def test_full_tmpfs(tmp_path):
+    """A real ENOSPC: a file system of 224 KiB holds two checkpoints but not three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=224k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        save(disk, 1)
+        save(disk, 2)
+        with pytest.raises(CheckpointError, match="No space left on device|os error 28"):
+            save(disk, 3)
+        assert sorted(p.name for p in disk.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+        assert_holds(load_latest(disk), 2)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def keep_saving(run, step):
+    torch.set_num_threads(1)
+    while True:
+        save(run, step, keep=2)
+        step += 1
+
+
+def audit_kill(run, step, kill_at):
+    """Save once; die at the kill_at-th thing that Python asks of the file system."""
+    events = [0]
+
+    def hook(event, _arguments):
+        if event == "open" or event.split(".")[0] in ("os", "shutil"):
+            events[0] += 1
+            if events[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save(run, step, keep=2)
+    os._exit(0)
+
+
+def newest_after_a_kill(run, before):
+    loaded = load_latest(run)
+    assert_holds(loaded, loaded.step)
+    assert loaded.step >= before
+    # A newer folder that does not verify would have been passed over: there must be none.
+    assert checkpoints(run)[0] == (loaded.step, loaded.path)
+    return loaded.step
+
+
+@pytest.mark.parametrize("kills", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_kills(tmp_path, kills):
+    rng = random.Random(7)
+    save(tmp_path, 1)
+    step = 1
+    for _ in range(kills):
+        child = FORK.Process(target=keep_saving, args=(tmp_path, step + 1))
+        child.start()
+        time.sleep(rng.uniform(0.005, 0.12))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        step = newest_after_a_kill(tmp_path, step)
+    assert step > 1
+    save(tmp_path, step + 1, keep=2)
+    leftovers = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert leftovers == [] and len(checkpoints(tmp_path)) == 2
+
+
+def test_kill_at_every_python_level_boundary(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    step, kill_at = 2, 1
+    while True:
+        child = FORK.Process(target=audit_kill, args=(tmp_path, step + 1, kill_at))
+        child.start()
+        child.join()
+        step = newest_after_a_kill(tmp_path, step)
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        kill_at += 1
+    assert kill_at > 40
+
+
+SAVE_ONCE = """
+import sys, torch
+from pathlib import Path
+from tests.test_checkpoint import save
+torch.set_num_threads(1)
+Path(sys.argv[1], "started").stat()
+save(Path(sys.argv[1]), int(sys.argv[2]), keep=2)
+"""
+
+
+@pytest.mark.slow
+def test_kill_at_every_syscall_boundary(tmp_path):
+    """strace kills a save at its n-th file system call, for every n."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    calls = "openat,write,pwrite64,fsync,ftruncate,mkdir,rename,unlink,unlinkat,rmdir,close"
+    (tmp_path / "started").touch()
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+
+    def child(run, step, *options):
+        command = ["strace", "-f", "-qq", "-o", str(tmp_path / "trace"), *options]
+        command += [sys.executable, "-c", SAVE_ONCE, str(run), str(step)]
+        roots = os.pathsep.join(["."] + [p for p in sys.path if p])
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": roots}).returncode
+
+    assert child(tmp_path, 3, "-e", f"trace={calls},stat,newfstatat") == 0
+    lines = (tmp_path / "trace").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "/started" in line)
+    names = calls.split(",")
+    made = [line.split(None, 1)[1].split("(")[0] for line in lines]
+    points = [
+        (name, n)
+        for name in names
+        for n in range(made[:first].count(name) + 1, made.count(name) + 1)
+    ]
+    step = 3
+    for name, n in points:
+        child(tmp_path, step + 1, "-e", f"inject={name}:signal=SIGKILL:when={n}")
+        step = newest_after_a_kill(tmp_path, step)
+    print(f"{len(points)} syscall boundaries")
+    assert len(points) >= 50
+
+
+class TestHuggingFaceFolder:
+    """`write_model` with a real model: the folder loads, with an adapter and without."""
+
+    @pytest.fixture
+    def model_and_tokenizer(self, tmp_path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from tests.tiny_models import build_tiny_llama
+
+        build_tiny_llama(tmp_path / "base")
+        base = tmp_path / "base"
+        return AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+
+    def assert_loads_equal(self, path, model, tokenizer):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        loaded = AutoModelForCausalLM.from_pretrained(path).eval()
+        ids = torch.arange(10)[None]
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+        again = AutoTokenizer.from_pretrained(path)
+        assert again.chat_template == tokenizer.chat_template
+        assert again.get_vocab() == tokenizer.get_vocab()
+        GenerationConfig.from_pretrained(path)
+        verify(path)
+
+    def test_full_model(self, tmp_path, model_and_tokenizer):
+        model, tokenizer = model_and_tokenizer
+        path = save_checkpoint(
+            tmp_path / "run", 3, lambda f: checkpoint.write_model(f, model, tokenizer), {}, {}, 1
+        )
+        self.assert_loads_equal(path, model, tokenizer)
+
+    def test_adapter(self, tmp_path, model_and_tokenizer, monkeypatch):
+        peft = pytest.importorskip("peft")
+        from transformers import AutoModelForCausalLM
+
+        monkeypatch.chdir(tmp_path)
+        base = AutoModelForCausalLM.from_pretrained("base")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(base, lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        tokenizer = model_and_tokenizer[1]
+        path = save_checkpoint(
+            tmp_path / "run", 3, lambda f: checkpoint.write_model(f, model, tokenizer), {}, {}, 1
+        )
+        assert not (path / "model.safetensors").exists()
+        config = json.loads((path / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+        monkeypatch.chdir("/")
+        self.assert_loads_equal(path, model, tokenizer)

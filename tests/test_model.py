@@ -1,0 +1,155 @@
+"""Shared-prefix hidden states against full rows: values and every parameter's gradient."""
+
+import pytest
+import torch
+from tiny_models import build_tiny_llama, build_tiny_qwen3
+
+from fastsd.config import LoraConfig, ModelConfig, TeacherConfig
+from fastsd.model import ModelError, load_policy, refuse_unsupported
+from fastsd.teacher import Teacher
+from fastsd.types import Branch, TokenTree
+
+TREES = [
+    TokenTree((5, 6, 7), (Branch((), (9, 10, 11, 12)), Branch((), (13,)), Branch((8,), (14, 15)))),
+    TokenTree((20,), (Branch((), (21,)),)),
+    TokenTree(tuple(range(30, 47)), (Branch((50, 51, 52), (53,)), Branch((50,), (60, 61, 62)))),
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def folder(request, tmp_path_factory):
+    build = {"llama": build_tiny_llama, "qwen3": build_tiny_qwen3}[request.param]
+    return str(build(tmp_path_factory.mktemp(request.param)))
+
+
+def load(folder, dtype=torch.float64, **options):
+    return load_policy(ModelConfig(name=folder, **options), "cpu", dtype)
+
+
+def gradients(policy, hidden_TD):
+    generator = torch.Generator().manual_seed(0)
+    upstream = torch.randn(hidden_TD.shape, generator=generator, dtype=hidden_TD.dtype)
+    policy.model.zero_grad()
+    (hidden_TD * upstream).sum().backward()
+    return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def test_shared_equals_unshared_with_gradients(folder):
+    policy = load(folder)
+    shared, full = policy.hidden_shared(TREES), policy.hidden_unshared(TREES)
+    assert shared.shape == (sum(tree.response_tokens for tree in TREES), 32)
+    # fp64 rounding through two layers; measured 1e-15.
+    torch.testing.assert_close(shared, full, rtol=0, atol=1e-12)
+    ours, theirs = gradients(policy, shared), gradients(policy, full)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    # Hugging Face's RMSNorm goes through fp32 even in an fp64 model: eps 6e-8, a few roundings.
+    for name, grad in theirs.items():
+        assert (ours[name] - grad).abs().max() <= 1e-6 * grad.abs().max(), name
+
+
+def test_unshared_equals_the_plain_model_row_by_row(folder):
+    policy = load(folder)
+    hidden = iter(policy.hidden_unshared(TREES))
+    for tree in TREES:
+        for branch in tree.branches:
+            ids = [*tree.prefix_ids, *branch.context_ids, *branch.response_ids]
+            plain = policy.decoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            for row in range(len(ids) - len(branch.response_ids) - 1, len(ids) - 1):
+                torch.testing.assert_close(next(hidden), plain[row], rtol=0, atol=1e-12)
+
+
+def test_gradient_checkpointing_and_lora_give_the_same(folder):
+    lora = LoraConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"])
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        policy = load(folder, lora=lora, gradient_checkpointing=checkpointing)
+        with torch.no_grad():  # B starts at zero, which would hide a wrong A
+            for name, parameter in policy.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(generator=torch.Generator().manual_seed(1))
+        hidden = policy.hidden(TREES)
+        results.append((hidden.detach(), gradients(policy, hidden)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
+    assert results[0][1].keys() == results[1][1].keys()
+    assert all("lora_" in name for name in results[0][1])
+    for name, grad in results[0][1].items():
+        assert (results[1][1][name] - grad).abs().max() <= 1e-6 * grad.abs().max(), name
+
+
+def test_adapter_off_teacher_is_the_base(folder):
+    lora = LoraConfig(r=4, alpha=8, target_modules=["q_proj"])
+    base = load(folder).hidden(TREES)
+    policy = load(folder, lora=lora)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    teacher = Teacher(policy, TeacherConfig(kind="adapter_off"))
+    torch.testing.assert_close(teacher.hidden(TREES), base, rtol=0, atol=1e-12)
+    assert (policy.hidden(TREES) - base).abs().max() > 1e-3
+    assert not teacher.hidden(TREES).requires_grad
+
+
+def test_teachers_follow_the_student_as_they_should(folder):
+    policy = load(folder, dtype=torch.float32)
+    teachers = {
+        kind: Teacher(policy, TeacherConfig(kind=kind, ema_rate=0.25))
+        for kind in ("live", "frozen", "ema")
+    }
+    before = policy.hidden(TREES).detach()
+    name, weight = next(iter(policy.model.named_parameters()))
+    start = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1.0
+    masters = dict(policy.model.named_parameters())
+    for teacher in teachers.values():
+        teacher.update(masters)
+    assert torch.equal(teachers["live"].hidden(TREES), policy.hidden(TREES))
+    assert torch.equal(teachers["frozen"].hidden(TREES), before)
+    ema_weight = dict(teachers["ema"].policy.model.named_parameters())[name]
+    torch.testing.assert_close(ema_weight, start + 0.25)
+    restored = Teacher(policy, TeacherConfig(kind="ema", ema_rate=0.25))
+    restored.load_state_tensors(teachers["ema"].state_tensors())
+    assert torch.equal(restored.hidden(TREES), teachers["ema"].hidden(TREES))
+
+
+def test_lora_checkpoint_folder_loads_merged(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    policy = load(folder, lora=LoraConfig(r=4, alpha=8, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    want = policy.hidden(TREES)
+    policy.save(tmp_path / "saved")
+    assert torch.equal(policy.hidden(TREES), want)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    got = load(str(tmp_path / "saved")).hidden(TREES)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_freeze_patterns(folder):
+    policy = load(folder, freeze=["embed_tokens"])
+    frozen = [n for n, p in policy.model.named_parameters() if not p.requires_grad]
+    assert frozen and all("embed_tokens" in name for name in frozen)
+    with pytest.raises(ModelError, match="no parameter's name contains 'embed_tokenz'"):
+        load(folder, freeze=["embed_tokenz"])
+    with pytest.raises(ModelError, match="nothing to train"):
+        load(folder, freeze=["model"])
+
+
+def test_refusals_name_the_reason(folder):
+    from transformers import Gemma2Config, MistralConfig, T5Config
+
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        refuse_unsupported(T5Config())
+    with pytest.raises(ModelError, match="sliding_attention"):
+        refuse_unsupported(Gemma2Config())
+    with pytest.raises(ModelError, match="sliding"):
+        refuse_unsupported(MistralConfig(sliding_window=4096))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load("/nowhere/to/be/found")
+    with pytest.raises(ModelError, match="max_position_embeddings"):
+        load(folder).hidden([TokenTree((5,) * 50_000, (Branch((), (1, 2)),))])

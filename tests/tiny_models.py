@@ -1,0 +1,132 @@
+"""Random models of under 30 thousand parameters, built offline in well under a second.
+
+They are real Hugging Face folders (config, safetensors, tokenizer.json, chat template, generation
+config), so whatever loads a user's model loads them too. Both tokenizers are byte-level BPE with
+single digits: any text round-trips, and `<|im_start|>` / `<|im_end|>` are special tokens that a
+test can try to smuggle into untrusted text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+QWEN3_TEMPLATE = Path(__file__).parent / "data" / "qwen3_tiny" / "chat_template.jinja"
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Enough text for a few dozen merges; the 256 bytes are in the vocabulary anyway.
+_CORPUS = (
+    "system user assistant question answer hint solution step the number of apples and marbles",
+    "Tom has 12 apples. He finds 7, then buys 25. How many apples does Tom have now?",
+    "Here is a worked solution to this problem: Now solve the problem. Answer: 44",
+)
+
+_CHATML_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_QWEN3_SPECIAL = (*_CHATML_SPECIAL, "<|object_ref_start|>", "<|object_ref_end|>", "<|fim_prefix|>")
+# Qwen3 adds these as whole tokens without making them special, so that decoding keeps them.
+_QWEN3_TAGS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+
+
+def build_tiny_llama(folder: str | Path, *, seed: int = 0, vocab_size: int = 300) -> Path:
+    """Write a random 2-layer Llama (hidden 32, tied embeddings) with a ChatML template.
+
+    `<|im_end|>` ends a turn, `<|endoftext|>` pads. Returns the folder.
+    """
+    tokenizer = _tokenizer(vocab_size, _CHATML_SPECIAL, (), CHATML_TEMPLATE)
+    config = LlamaConfig(max_position_embeddings=2048, **_shape(tokenizer))
+    return _save(Path(folder), _random(LlamaForCausalLM, config, seed), tokenizer)
+
+
+def build_tiny_qwen3(folder: str | Path, *, seed: int = 0, vocab_size: int = 320) -> Path:
+    """Write a random 2-layer Qwen3 with the real Qwen3 chat template (`enable_thinking` works).
+
+    Returns the folder.
+    """
+    template = QWEN3_TEMPLATE.read_text(encoding="utf-8")
+    tokenizer = _tokenizer(vocab_size, _QWEN3_SPECIAL, _QWEN3_TAGS, template)
+    config = Qwen3Config(head_dim=8, max_position_embeddings=40960, **_shape(tokenizer))
+    return _save(Path(folder), _random(Qwen3ForCausalLM, config, seed), tokenizer)
+
+
+def _tokenizer(
+    vocab_size: int, special: tuple[str, ...], tags: tuple[str, ...], template: str
+) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(tags),
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[token for token in special if token != "<|endoftext|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = template
+    return wrapped
+
+
+def _shape(tokenizer: PreTrainedTokenizerFast) -> dict:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _random(kind: type[PreTrainedModel], config, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config)
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
