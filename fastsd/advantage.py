@@ -4,8 +4,8 @@ GRPO gives every token of a response the same credit. A self-teacher gives each 
 
     A_t = log T(y_t) - log S(y_t)        (T: the model that sees the feedback; S: the solver)
 
-and the paper's second result is where that credit falls. With a step-aligned critique A_t stays near
-zero on the correct steps before the first mistake and is sharply negative at it; with somebody
+and the paper's second result is where that credit falls. With a step-aligned critique A_t stays
+near zero on the correct steps before the first mistake and is sharply negative at it; with somebody
 else's solution it also pushes on correct tokens that are merely phrased differently. `localisation`
 turns that picture into numbers. It keeps sums and counts, so that figures of several seeds or
 batches are pooled by addition instead of by a mean of means.
@@ -33,7 +33,7 @@ class LocalisationError(FastsdError):
 
 
 def group_advantages(rewards_G: Sequence[float | None]) -> list[float]:
-    """(r - mean) / (std + 1e-4) within one prompt's group (DeepSeekMath, arXiv 2402.03300, sec. 4.1).
+    """(r - mean) / (std + 1e-4) within one prompt's group (DeepSeekMath, arXiv 2402.03300).
 
     std is the sample standard deviation (divided by n - 1), as in TRL. Responses without a reward
     are outside mean and std and get 0; so does a group without spread, or with one reward only.
@@ -51,10 +51,11 @@ def group_advantages(rewards_G: Sequence[float | None]) -> list[float]:
 def token_spans(tokenizer: Any, response_ids: Sequence[int], text: str) -> list[Span]:
     """Characters [start, end) of `text` that each response token wrote.
 
-    Decodes a sliding window of two pieces, the only way that is right for character-level, byte-level
-    and SentencePiece tokenizers alike (a piece may lose its leading space when decoded alone). Tokens
+    Decodes a sliding window of two pieces, which is right for character-level, byte-level and
+    SentencePiece tokenizers alike (a piece may lose its leading space when decoded alone). Tokens
     that together make one character, such as the bytes of an emoji, all get that character's span;
-    special tokens and a last stop token, which `text` leaves out, get an empty span where they stand.
+    special tokens and a last stop token, which `text` leaves out, get an empty span where they
+    stand.
 
     Raises LocalisationError where the pieces do not add up to `text`.
     """
@@ -121,10 +122,13 @@ class Region:
 
 @dataclass(frozen=True)
 class Localisation:
-    """Where the advantage falls. Regions `before`, `at`, `after` the first wrong step are summed over
-    the responses that have one, `correct` over fully correct responses. `peak` sums, over wrong
-    responses, the largest |A| within the first wrong step. `unplaced`: responses whose steps could
-    not be read, or all of whose steps are right while the reward is not."""
+    """Where the advantage falls.
+
+    Regions `before`, `at`, `after` the first wrong step are summed over the responses that have
+    one, `correct` over fully correct responses. `peak` sums, over wrong responses, the largest |A|
+    within the first wrong step. `unplaced`: responses whose steps could not be read, or all of
+    whose steps are right while the reward is not.
+    """
 
     before: Region = Region()
     at: Region = Region()
@@ -212,8 +216,8 @@ def localisation(
 ) -> Localisation:
     """Pool the per-token advantages of many responses by place relative to the first wrong step.
 
-    One entry per rollout: advantages A_t = log T(y_t) - log S(y_t) of each response token, its steps
-    in order, and each token's characters (`token_spans`). Raises LocalisationError, with the
+    One entry per rollout: advantages A_t = log T(y_t) - log S(y_t) of each response token, its
+    steps in order, and each token's characters (`token_spans`). Raises LocalisationError, with the
     rollout's index, where lengths differ or an advantage is not finite.
     """
     if not len(rollouts) == len(advantages) == len(steps) == len(spans):

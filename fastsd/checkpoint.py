@@ -65,13 +65,14 @@ def save_checkpoint(
 ) -> Path:
     """Write run_dir/checkpoint-STEP and delete all but the `keep` newest up to it.
 
-    `save_model(folder)` writes the Hugging Face files, see `write_model`. `tensors` keep their
-    dtype. `state` holds None, bool, int, finite float, str, lists and dicts with str keys, which
-    JSON gives back exactly; tuples come back as lists.
-    If the step is on disk already with the same trainer state, that one is kept and returned; a
-    damaged one is renamed to checkpoint-STEP.damaged.
+    `save_model(folder)` writes the Hugging Face files. `tensors` keep their dtype. `state` holds
+    None, bool, int, finite float, str, lists and dicts with str keys, which JSON gives back
+    exactly; tuples come back as lists.
+    If the step is on disk already with the same tensors, that one is kept and returned: it differs
+    at most in rollouts taken since, which a resumed run repeats. A damaged one is renamed to
+    checkpoint-STEP.damaged1 (2, ...).
     Raises CheckpointError, the earlier checkpoints intact, when the disk is full or fails, when
-    `state` does not fit JSON, or when another valid checkpoint of that step exists.
+    `state` does not fit JSON, or when a valid checkpoint of that step holds other tensors.
     """
     _check_json(state, "state")
     place = Path(run_dir) / f"checkpoint-{step}"
@@ -142,24 +143,6 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is not valid: {reason}")
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a model as a Hugging Face folder: weights, configs, tokenizer and chat template.
-
-    A peft model is written as its adapter, which `AutoModelForCausalLM.from_pretrained(folder)`
-    loads on top of its base (peft must be installed). A base in a local folder is recorded by its
-    absolute path, so that loading does not depend on the working directory.
-    """
-    adapters = getattr(model, "peft_config", {})
-    for config in adapters.values():
-        base = Path(config.base_model_name_or_path or "")
-        if base.name and base.is_dir():
-            config.base_model_name_or_path = str(base.resolve())
-    model.save_pretrained(folder)
-    if adapters:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _write(
     temporary: Path,
     step: int,
@@ -192,10 +175,10 @@ def _make_room(place: Path, temporary: Path) -> bool:
         return True
     reason = _fault(place)
     if reason is None:
-        if _trainer_entries(place) == _trainer_entries(temporary):
+        if _sha256(place / TENSORS) == _sha256(temporary / TENSORS):
             return False
         raise CheckpointError(
-            f"{place} exists, is valid and holds another state; it is not overwritten. Continue "
+            f"{place} exists, is valid and holds other weights; it is not overwritten. Continue "
             "it with --resume auto, or choose another run folder"
         )
     number = 1
@@ -252,11 +235,6 @@ def _fault(path: Path) -> str | None:
         if _sha256(files[name]) != sha256:
             return f"{name} does not match its sha256"
     return None
-
-
-def _trainer_entries(path: Path) -> list[dict[str, Any]]:
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    return [e for e in manifest["files"] if e["name"] in (TENSORS, STATE)]
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -174,9 +174,10 @@ def _loss_problems(config: Config) -> list[Problem]:
     if loss.beta != 0.5 and loss.divergence != "jsd":
         hint = f'only "jsd" uses it, and loss.divergence is "{loss.divergence}"'
         problems.append(_problem("loss.beta", hint))
-    if loss.top_k is not None and loss.divergence == "sampled_token":
-        hint = '"sampled_token" looks at one token: unset loss.top_k or choose another divergence'
-        problems.append(_problem("loss.top_k", hint))
+    for name in ("top_k", "entry_clip"):
+        if getattr(loss, name) is not None and loss.divergence == "sampled_token":
+            hint = f'"sampled_token" looks at one token: unset loss.{name} or choose another'
+            problems.append(_problem(f"loss.{name}", f"{hint} loss.divergence"))
     if not loss.tail and loss.top_k is None:
         problems.append(_problem("loss.tail", "only acts with loss.top_k: set it, or drop tail"))
     return problems + _weight_problems(config)

@@ -42,7 +42,7 @@ class EvaluationError(FastsdError):
 
 
 def _matrix(correct_QK: Table) -> np.ndarray:
-    """The table as float64 [Q, K] with NaN for None; EvaluationError for ragged or non-0/1 input."""
+    """The table as float64 [Q, K], NaN for None; EvaluationError where ragged or not 0/1."""
     if not len(correct_QK) or len({len(row) for row in correct_QK}) != 1 or not len(correct_QK[0]):
         lengths = sorted({len(row) for row in correct_QK})
         raise EvaluationError(f"correct_QK must be a Q x K table; found row lengths {lengths}")
@@ -63,7 +63,7 @@ def avg_by_question(correct_QK: Table) -> np.ndarray:
 def pass_by_question(correct_QK: Table, k: int | None = None) -> np.ndarray:
     """Unbiased chance that one of k samples is right, 1 - C(n-c, k) / C(n, k), float64 [Q].
 
-    n scored samples of which c are right (Chen et al. 2021, arXiv 2107.03374, eq. 1); k defaults to K.
+    n scored samples of which c are right (Chen et al. 2021, arXiv 2107.03374); k defaults to K.
     With n < k (samples that were not scored) all n are used: a lower bound. NaN where n = 0.
     """
     matrix_QK = _matrix(correct_QK)
@@ -84,8 +84,8 @@ def majority_by_question(
     """Is the most frequent answer right? float64 [Q]; NaN where nothing was scored.
 
     Votes are equal strings, as extracted; samples without an answer or a score have no vote, and a
-    scored question without votes is wrong. Ties count as the mean over the tied answers: what a coin
-    would give on average, whatever the order of the samples.
+    scored question without votes is wrong. Ties count as the mean over the tied answers: what a
+    coin would give on average, whatever the order of the samples.
     """
     matrix_QK = _matrix(correct_QK)
     if [len(row) for row in answers_QK] != [matrix_QK.shape[1]] * matrix_QK.shape[0]:
@@ -212,8 +212,8 @@ def _same_questions(results: Sequence[EvalResult]) -> None:
         if (result.question_ids, result.samples) != (results[0].question_ids, results[0].samples):
             raise EvaluationError(
                 "these evaluations were not made on the same questions and number of samples "
-                f"({results[0].questions} x {results[0].samples} against "
-                f"{result.questions} x {result.samples}): they cannot be pooled or compared by question"
+                f"({results[0].questions} x {results[0].samples} against {result.questions} x "
+                f"{result.samples}): they cannot be pooled or compared by question"
             )
 
 

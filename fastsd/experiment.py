@@ -18,7 +18,6 @@ from fastsd.feedback import CONDITIONS
 from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
 from fastsd.session import Session, refuse_used_folder
-from fastsd.types import FastsdError
 
 if TYPE_CHECKING:
     from fastsd.advantage import Localisation
@@ -71,11 +70,6 @@ def last_line(summary: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def _run_dir(config: Config) -> Path:
-    if config.resume == "auto" and "{time}" in config.run:
-        raise FastsdError(
-            f"--resume auto needs to know which run to continue: run = {config.run!r} names a new "
-            "folder each time; give --run FOLDER"
-        )
     run_dir = run_dir_of(config.run, config.condition)
     if config.resume == "never":
         refuse_used_folder(run_dir)

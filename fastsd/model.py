@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from fastsd import attention
 from fastsd.config import LoraConfig, ModelConfig
@@ -166,6 +167,7 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
 
     Raises ModelError naming the folder, layer type or pattern at fault.
     """
+    transformers_logging.disable_progress_bar()
     path = model_path(config.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

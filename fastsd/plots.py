@@ -22,6 +22,7 @@ STYLES = {
     "critique": ("#1f8fd6", "-"),
 }
 OTHER_STYLE = ("#3aa655", "-.")
+LABEL = 32  # characters of a name that fit a legend
 INK = "#010203"  # stands for the page's text colour; replaced by currentColor
 
 _SETTINGS = {
@@ -56,7 +57,7 @@ def curves(name: str, title: str, lines: Mapping[str, Sequence[Curve]], unit: st
             steps, values = _mean_curve(seeds)
             marker = "o" if len(steps) < 8 else None
             axes.plot(steps, values, dash, color=color, linewidth=2, marker=marker, markersize=4)
-            axes.plot([], [], dash, color=color, linewidth=2, label=condition)
+            axes.plot([], [], dash, color=color, linewidth=2, label=condition[:LABEL])
         axes.set_xlabel("update")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.15, color=INK)
@@ -81,7 +82,7 @@ def bars(name: str, title: str, groups: Mapping[str, Mapping[str, float | None]]
             color = STYLES.get(context, OTHER_STYLE)[0]
             at = [x + width * (index - (len(groups) - 1) / 2) for x in range(len(places))]
             heights = [values[place] or 0.0 for place in places]
-            drawn = axes.bar(at, heights, 0.92 * width, color=color, label=context)
+            drawn = axes.bar(at, heights, 0.92 * width, color=color, label=context[:LABEL])
             labels = ["–" if values[p] is None else f"{values[p]:.3f}" for p in places]
             axes.bar_label(drawn, labels, padding=2, fontsize=8, color=INK)
         axes.set_xticks(range(len(places)), places)
@@ -109,7 +110,7 @@ def _figure(name: str, title: str, draw: Any) -> str:
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """The <svg> element alone, with its own ids, the page's colour and a label for screen readers."""
+    """The <svg> element alone: own ids, the page's colour, a label for screen readers."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2)

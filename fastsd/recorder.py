@@ -116,11 +116,11 @@ def run_facts(session: Session, argv: Sequence[str]) -> dict[str, Any]:
 
 def implementations(session: Session) -> dict[str, str]:
     """Which implementation of each operation this run uses."""
-    from fastsd_kernels.loss_head import choose_implementation
+    from fastsd_kernels.loss_head import implementation_name
 
     policy = session.policy
     return {
-        "loss_head": choose_implementation(session.config.loss.impl, policy.head_VD),
+        "loss_head": implementation_name(session.config.loss.impl),
         "attention": "torch sdpa, " + ("shared prefix" if policy.shares_prefixes else "full rows"),
         "sampler": "in-process, shared prefix",
         "device": str(policy.device),

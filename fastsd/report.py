@@ -248,10 +248,10 @@ def write_model_card(run_dir: Path | str, checkpoint_dir: Path | str) -> Path:
 
 DESCRIPTIONS = {
     "grpo": "Trained by GRPO on the correctness of its own answers.",
-    "reference": "Trained by on-policy self-distillation: on its own answers, towards the same model "
-    "shown a reference solution.",
-    "critique": "Trained by on-policy self-distillation: on its own answers, towards the same model "
-    "shown a step-aligned critique of each answer.",
+    "reference": "Trained by on-policy self-distillation: on its own answers, towards the same "
+    "model shown a reference solution.",
+    "critique": "Trained by on-policy self-distillation: on its own answers, towards the same "
+    "model shown a step-aligned critique of each answer.",
     "other": "Trained with fastsd.",
 }
 

@@ -17,6 +17,7 @@ import torch
 
 from fastsd import checkpoint, hardware
 from fastsd.advantage import group_advantages
+from fastsd.answers import extract_answer
 from fastsd.config import Config
 from fastsd.data import load_data
 from fastsd.evaluate import evaluate
@@ -32,7 +33,7 @@ from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
 from fastsd.types import CheckpointError, Feedback, FastsdError, Rollout, Task
-from fastsd.verify import extract_answer, load_reward, score_rollouts
+from fastsd.verify import load_reward, score_rollouts
 
 # Settings that a resumed run may change: none of them moves a weight.
 _FREE_ON_RESUME = ("run", "resume", "seeds", "threads", "checkpoint", "eval")
@@ -182,7 +183,7 @@ class Session:
             "cursor": self.cursor,
             "optimizer": self.optimizer.state_json(),
             "buffer": [_sample_to_json(sample) for sample in self.buffer],
-            "config": self.config.model_dump(mode="json"),
+            "config": self._binding_settings(),
         }
         with self.gate.closed():
             return checkpoint.save_checkpoint(
@@ -204,13 +205,17 @@ class Session:
         return True
 
     def _refuse_other_settings(self, found: checkpoint.LoadedCheckpoint) -> None:
-        now, then = self.config.model_dump(mode="json"), found.state["config"]
+        now, then = self._binding_settings(), found.state["config"]
         for name in sorted(now.keys() | then.keys()):
-            if name not in _FREE_ON_RESUME and now.get(name) != then.get(name):
+            if now.get(name) != then.get(name):
                 raise CheckpointError(
                     f"cannot resume {found.path}: [{name}] was {json.dumps(then.get(name))} and is "
                     f"{json.dumps(now.get(name))}; use the saved settings or another run folder"
                 )
+
+    def _binding_settings(self) -> dict[str, Any]:
+        settings = self.config.model_dump(mode="json")
+        return {name: value for name, value in settings.items() if name not in _FREE_ON_RESUME}
 
     def _samples_from_json(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
         if not records:

@@ -26,15 +26,15 @@ TASK_LIMITS = {
     "chain_sum": (
         "The teacher is a frozen copy of the base. With a live teacher the reference condition "
         "collapses and comes last.",
-        "The budget is fixed and small: GRPO with a learning rate of 1e-3 closes most of the gap, so "
-        "this compares speed of learning, not where each condition ends.",
-        "Part of the critique's lead is not its phrasing: its steps after the first error are judged "
-        "on the attempt's own numbers, which the reference cannot do.",
+        "The budget is fixed and small: GRPO with a learning rate of 1e-3 closes most of the gap, "
+        "so this compares speed of learning, not where each condition ends.",
+        "Part of the critique's lead is not its phrasing: its steps after the first error are "
+        "judged on the attempt's own numbers, which the reference cannot do.",
         "The base matters: two of four trial bases came out unhealthy (53 % valid left sides) and "
         "reversed the order. The shipped base passed a gate: valid left sides at least 0.97, hint "
         "loss at most 0.09.",
-        "The task is synthetic and the model has 0.24 M parameters, taught to use hints and to hold "
-        "wrong beliefs; held-out questions share their 256 facts with the training questions.",
+        "The task is synthetic and the model has 0.24 M parameters, taught to use hints and to "
+        "hold wrong beliefs; held-out questions share their 256 facts with the training questions.",
     ),
     "word_problems": (
         "The base was warmed up on purpose to write steps, use hints and make one kind of mistake; "
@@ -61,8 +61,8 @@ def summarise(
     """The content of summary.json.
 
     children_results: condition -> final results, one per seed, on the questions of base_result
-    (EvaluationError otherwise). "differences" maps "critique-grpo" and so on, and "<condition>-base",
-    to the paired [mean, low, high] of Avg@k; "by_seed" are Avg@k.
+    (EvaluationError otherwise). "differences" maps "critique-grpo" and so on, and
+    "<condition>-base", to the paired [mean, low, high] of Avg@k; "by_seed" are Avg@k.
     """
     conditions = {
         name: {
@@ -134,7 +134,7 @@ LOCALISATION_HEADERS = [
 
 
 def localisation_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One row per context, in the order of LOCALISATION_HEADERS; a dash where nothing was measured."""
+    """One row per context, in the order of LOCALISATION_HEADERS; a dash: nothing was measured."""
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"

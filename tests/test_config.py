@@ -1,4 +1,4 @@
-"""Seeded configuration mistakes, each located and with its fix; layering, conditions, round trip."""
+"""Seeded configuration mistakes, each located with its fix; layering, conditions, round trip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fastsd.cli import ConfigError, dump_toml, for_condition, load_config
 from fastsd.config import Config
 from fastsd.schema import deep_merge, leaves
-from fastsd.toml_lines import key_lines
 
 TASK = '[model]\nname = "m"\n[data]\ntask = "chain_sum"\n'
 ROWS = 'condition = "reference"\n[model]\nname = "m"\n[data]\ntrain = "a.jsonl"\neval = "b.jsonl"\n'
@@ -76,6 +75,8 @@ MISTAKES = [
     (TASK, ["--loss.beta", "0.3"], "--loss.beta", "loss.beta", 'only "jsd" uses it'),
     (TASK + '[loss]\ndivergence = "sampled_token"\ntop_k = 8\n', [], "c.toml:7", "loss.top_k",
      "unset loss.top_k"),
+    (TASK, ["--loss.divergence", "sampled_token", "--loss.entry-clip", "2"], "--loss.entry-clip",
+     "loss.entry_clip", "unset loss.entry_clip"),
     (TASK, ["--loss.tail", "false"], "--loss.tail", "loss.tail", "only acts with loss.top_k"),
     (TASK, ["--loss.policy-weight", "-1"], "--loss.policy-weight", "loss.policy_weight", ">= 0"),
     (TASK, ["--condition", "grpo", "--loss.policy-weight", "0"], "--loss.policy-weight",
@@ -152,7 +153,9 @@ def config_of(text: str) -> Config:
 
 
 def test_for_condition_merges_overrides_and_leaves_none():
-    text = 'condition = "all"\n[per_condition.grpo.optim]\nlr = 2e-5\n[per_condition.critique.model]'
+    text = (
+        'condition = "all"\n[per_condition.grpo.optim]\nlr = 2e-5\n[per_condition.critique.model]'
+    )
     config = config_of(text + "\nlora = { r = 4 }\n")
     grpo = for_condition(config, "grpo")
     assert (grpo.condition, grpo.optim.lr, grpo.per_condition) == ("grpo", 2e-5, {})
@@ -243,67 +246,3 @@ def _value(section, path: tuple):
     for part in path:
         section = getattr(section, part) if section is not None else None
     return section
-
-
-def test_key_lines_on_every_syntax():
-    text = "\n".join(
-        [
-            "# [not.a.table]  key = 1",  # 1
-            'a . "b.c" = 1 # x = 2',  # 2
-            "",  # 3
-            "[ t . 'q' ]",  # 4
-            'm = """',  # 5
-            "x = 1",
-            '[y] \\""""""',  # 7: an escaped quote, then two quotes before the closing three
-            "z = '''\\''''",  # 8
-            "list = [",  # 9
-            "  { k = 1, l.m = '}' }, # ]",  # 10
-            "  [ 2, 3 ],",  # 11
-            "]",
-            "[[rows]]",  # 13
-            "v = 1979-05-27 07:32:00",  # 14
-            "[[rows]]",  # 15
-            "v = 2",  # 16
-            "[rows.sub]",  # 17
-            "w = { }",  # 18
-        ]
-    )
-    tomllib.loads(text)
-    lines = key_lines(text)
-    expected = {
-        ("a",): 2, ("a", "b.c"): 2, ("t", "q"): 4, ("t", "q", "m"): 5, ("t", "q", "z"): 8,
-        ("t", "q", "list"): 9, ("t", "q", "list", 0, "k"): 10, ("t", "q", "list", 0, "l", "m"): 10,
-        ("t", "q", "list", 1, 0): 11, ("rows", 0, "v"): 14, ("rows", 1): 15, ("rows", 1, "v"): 16,
-        ("rows", 1, "sub", "w"): 18,
-    }  # fmt: skip
-    assert {path: lines.get(path) for path in expected} == expected
-    assert set(lines) == set(_paths(tomllib.loads(text)))
-
-
-def _paths(value, path: tuple = ()):
-    items = value.items() if isinstance(value, dict) else ()
-    items = enumerate(value) if isinstance(value, list) else items
-    for key, inner in items:
-        yield (*path, key)
-        yield from _paths(inner, (*path, key))
-
-
-VALUES = st.recursive(
-    st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False) | NAMES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.dictionaries(NAMES, VALUES, max_size=4))
-def test_key_lines_finds_the_keys_tomllib_finds(tree):
-    import tomli_w
-
-    text = tomli_w.dumps(tree)
-    lines = key_lines(text)
-    assert set(lines) == set(_paths(tomllib.loads(text)))
-    numbered = text.replace("\r\n", "\n").split("\n")
-    for path, line in lines.items():
-        if isinstance(path[-1], str) and path[-1].isidentifier() and path[-1].isascii():
-            assert path[-1] in numbered[line - 1]

@@ -23,7 +23,7 @@ class TaskError(FastsdError):
 
 
 def load_task(name: str, **options: object) -> Task:
-    """The task called `name`, with its options, e.g. load_task("chain_sum", critic_variant="local").
+    """The task called `name`, with its options: load_task("chain_sum", critic_variant="local").
 
     Raises TaskError for a name or an option that does not exist, or a bad value.
     """

@@ -73,7 +73,7 @@ class Author:
         return text
 
     def hint(self, question: str, rng: random.Random) -> str:
-        """A clean derivation or the critique of an attempt, in the author's or the other phrasing."""
+        """A clean derivation or the critique of an attempt, in either phrasing."""
         share = UNUSUAL_SHARE if rng.random() < 0.5 else 1 - UNUSUAL_SHARE
         clean = rng.random() < 0.5
         text = self.derive(question, rng, total_right_share=share, clean=clean)
@@ -87,4 +87,3 @@ class Author:
             hint = self.hint(question, rng) if hinted else ""
             user_turn = f"{question}H{hint}" if hinted else question
             yield user_turn, self.derive(question, rng, hint)
-

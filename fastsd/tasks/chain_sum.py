@@ -139,7 +139,7 @@ class ChainSum:
         )
 
     def reference(self, question: str) -> str:
-        """A correct derivation. Which of its steps are phrased unusually depends on the question."""
+        """A correct derivation. The question alone decides which steps are phrased unusually."""
         total, *terms = _terms(question)
         text = ""
         for k, term in enumerate(terms):
@@ -164,6 +164,10 @@ class ChainSum:
         match = _RESPONSE.fullmatch(response)
         return match is not None and response[-2] == answer
 
+    def answer(self, response: str) -> str | None:
+        """The last step's value; None where the response has not the right form."""
+        return response[-2] if _RESPONSE.fullmatch(response) else None
+
     def steps(self, question: str, response: str) -> list[Step]:
         """The response's steps, right or wrong; text after the last step belongs to none."""
         return [Step(step.start, step.end, step.correct) for step in judge(question, response)]
@@ -171,8 +175,8 @@ class ChainSum:
     def critique(self, question: str, trace: str, reference: str | None) -> Critique:
         """The attempt, step by step and in its own phrasing, with left sides and values put right.
 
-        Steps that the attempt lacks go on from the corrected total. first_error is the index of the first step that is
-        wrong or missing. The reference is not needed and not looked at.
+        Steps that the attempt lacks go on from the corrected total. first_error is the index of the
+        first step that is wrong or missing. The reference is not needed and not looked at.
         """
         judged = list(judge(question, trace))
         total, *terms = _terms(question)

@@ -25,15 +25,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fastsd.config import OptimConfig
+from fastsd.optimizer import Optimizer
 from fastsd.tasks.author import HINTED_SHARE, Author
 from fastsd.tasks.chain_sum import STEPS, ChainSum, judge
 from fastsd.tasks.char_model import ANSWER, EOS, QUESTION, make_model, make_tokenizer
+from fastsd.types import TrainingDiverged
 
 Example = tuple[Sequence[int], Sequence[int]]
 
 
 def completion_loss(model: torch.nn.Module, batch: Sequence[Example]) -> torch.Tensor:
-    """Mean cross entropy (float32 scalar) over the completion tokens of (prompt_ids, completion_ids).
+    """Mean cross entropy (float32 scalar) over all completion tokens of (prompt, completion) ids.
 
     Examples are padded on the right and attention is causal, so padding needs no mask: no real
     token sees it. Logits exist for the rows that predict a completion token only.
@@ -76,43 +79,31 @@ def fit(
     """Supervised AdamW: one update per batch of (prompt_ids, completion_ids), until they run out.
 
     lr * min(1, (i + 1) / warmup_steps) * schedule(i) is the rate of update i. Parameters whose name
-    contains one of `freeze`, or that need no gradient already, stay as they are. Parameters that
-    are not float32 get float32 master copies, so small updates are not rounded away.
-    log(updates_done, loss) is called after every update. Weight decay skips biases and norms.
+    contains one of `freeze`, or that need no gradient already, stay as they are. The optimizer is
+    the trainer's own: float32 master weights, no decay of biases and norms, and a batch whose
+    gradient is not finite changes nothing. log(updates_done, loss) is called after every update.
 
-    Raises ValueError for an empty prompt or completion, FloatingPointError for a non-finite loss.
+    Raises ValueError for an empty prompt or completion, TrainingDiverged for a non-finite loss.
     """
     for name, parameter in model.named_parameters():
         if any(part in name for part in freeze):
             parameter.requires_grad_(False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
-    groups = [
-        {"params": [m for m in masters if m.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [m for m in masters if m.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
+    config = OptimConfig(
+        lr=lr,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        betas=betas,
+        max_grad_norm=max_grad_norm,
+    )
+    optimizer = Optimizer(model, config)
     model.train()
     for update, batch in enumerate(batches):
         loss = completion_loss(model, batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of update {update} is {loss.item()}")
-        model.zero_grad(set_to_none=True)
+            raise TrainingDiverged(f"the loss of update {update} is {loss.item()}; lower the lr")
         loss.backward()
-        for master, parameter in zip(masters, parameters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-        torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
-        rate = lr * schedule(update)
-        if warmup_steps:
-            rate *= min(1.0, (update + 1) / warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.config = config.model_copy(update={"lr": lr * schedule(update)})
         optimizer.step()
-        with torch.no_grad():
-            for master, parameter in zip(masters, parameters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
         log(update + 1, loss.item())
     model.eval()
 
@@ -156,7 +147,7 @@ class HealthGate:
 
 
 def encode(tokenizer, pairs: Iterable[tuple[str, str]]) -> list[Example]:
-    """(user turn, response) texts -> (prompt_ids, completion_ids), as the chat template has them."""
+    """(user turn, response) texts -> (prompt_ids, completion_ids), as the chat template does."""
     return [
         (
             tokenizer.encode(f"{QUESTION}{user_turn}{ANSWER}"),

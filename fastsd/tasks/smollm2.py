@@ -204,7 +204,8 @@ def _forced(
     response = write_response(steps)
     prompt_ids, completion_ids = encode(renderer, prompt, hint, response)
     ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
-    logits_TV = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
+    kept = len(completion_ids) + 1
+    logits_TV = model(ids, use_cache=False, logits_to_keep=kept).logits[0, :-1].float()
     probability_TV = logits_TV.softmax(-1)
     target_T = torch.tensor(completion_ids, device=model.device)
     probabilities = probability_TV.gather(-1, target_T[:, None])[:, 0].tolist()

@@ -5,11 +5,11 @@ A pretrained model knows how to add, so a habit to unlearn has to be taught. One
 feedback. So the author believes a fixed wrong last digit for some of the 55 sums of two digits ("a
 7 and a 5 end in 4"), and nearly always acts on it: each error is one digit of one step.
 
-Most examples carry a hint. ONE rule says how any hint is used, so that a reference and a critique
-call on the same skill and only their content differs: at each step the author follows the hint's
-phrasing with probability 0.6, and copies its value where the hint's step adds the same two numbers;
-elsewhere he computes, wrong beliefs included. Half of the hints are clean derivations, half are
-corrected attempts of his own; half are in his phrasing, half in the other.
+Two examples of five carry a hint. ONE rule says how any hint is used, so that a reference and a
+critique call on the same skill and only their content differs: at each step the author follows the
+hint's phrasing with probability 0.6, and copies its value where the hint's step adds the same two
+numbers; elsewhere he computes, wrong beliefs included. Half of the hints are clean derivations,
+half are corrected attempts of his own; half are in his phrasing, half in the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WRONG_SHARE = 0.4
 CONVICTION = 0.95
 COPY = 0.97
 FOLLOW = 0.6
-HINTED_SHARE = 0.6
+HINTED_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Author:
         rng = random.Random(f"word_problems/beliefs/{seed}")
         pairs = [(low, high) for low in range(10) for high in range(low, 10)]
         wrong = rng.sample(pairs, round(WRONG_SHARE * len(pairs)))
-        self.beliefs = {pair: (sum(pair) + rng.choice((-2, -1, 1, 2))) % 10 for pair in wrong}
+        self.beliefs = {pair: (sum(pair) + rng.choice((-1, 1))) % 10 for pair in wrong}
 
     def believes(self, total: int, addend: int) -> int:
         """The value he holds for total+addend: right but for its last digit."""

@@ -210,6 +210,11 @@ class WordProblems:
             judged = [addition.corrected() for addition in attempt.additions]
         return Critique(as_text(judged), attempt.first_error)
 
+    def answer(self, response: str) -> str | None:
+        """The number of the last line `Answer: v`; None where there is none."""
+        match = _ANSWER.fullmatch(response.rstrip("\n").rpartition("\n")[2])
+        return match[1] if match else None
+
     def steps(self, question: str, response: str) -> list[Step]:
         """Every non-blank line as a step; its span keeps its newline. A line is right if it is the
         expected addition with the right value, or the answer line repeating the last value."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastsd.tasks import pretrain
+from fastsd.tasks.author import Author
+from fastsd.tasks.chain_sum import STEP, ChainSum, base_path
 from fastsd.tasks.pretrain import Health, HealthGate, Recipe, completion_loss, fit
+from fastsd.types import TrainingDiverged
 
 BATCH = [([2, 5], [6, 7, 1]), ([2, 5, 9, 8], [1]), ([3], [4, 4, 4, 4, 1])]
 
@@ -31,7 +36,9 @@ def test_completion_loss_is_the_masked_token_mean():
     model = tiny_model()
     length = max(len(p) + len(c) for p, c in BATCH)
     ids = torch.tensor([[*p, *c, *[0] * (length - len(p) - len(c))] for p, c in BATCH])
-    mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (length - len(p) - len(c)) for p, c in BATCH])
+    mask = torch.tensor(
+        [[1] * (len(p) + len(c)) + [0] * (length - len(p) - len(c)) for p, c in BATCH]
+    )
     labels = ids.clone()
     for b, (prompt, completion) in enumerate(BATCH):
         labels[b, : len(prompt)] = -100
@@ -107,7 +114,7 @@ def test_a_non_finite_loss_stops_the_training():
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="update 0"):
+    with pytest.raises(TrainingDiverged, match="update 0"):
         fit(model, [BATCH], lr=1e-2)
 
 
@@ -120,15 +127,24 @@ def test_gate():
     assert not gate.passes(Health(valid_left_sides=1.0, hint_loss=float("nan"), avg_at_12=0.3))
 
 
+@pytest.fixture
+def quick_measure(monkeypatch):
+    """Health on fewer samples: a base of no skill never stops writing, which takes its time."""
+    quick = functools.partial(pretrain.measure, questions=4, samples=2)
+    monkeypatch.setattr(pretrain, "measure", quick)
+
+
+@pytest.mark.usefixtures("quick_measure")
 def test_an_unhealthy_base_is_refused(tmp_path, capsys):
     out = tmp_path / "base"
-    assert pretrain.main(["--out", str(out), "--steps", "2", "--max-seeds", "2"]) == 1
+    assert pretrain.main(["--out", str(out), "--steps", "1", "--max-seeds", "2"]) == 1
     assert not out.exists()
     captured = capsys.readouterr()
     assert captured.out.count("FAILS the gate") == 2
     assert "no seed of 2 passed" in captured.err
 
 
+@pytest.mark.usefixtures("quick_measure")
 def test_a_passing_base_is_a_hugging_face_folder(tmp_path):
     out = tmp_path / "base"
     anything = HealthGate(min_valid_left_sides=0.0, max_hint_loss=100.0)
@@ -143,3 +159,65 @@ def test_a_passing_base_is_a_hugging_face_folder(tmp_path):
     again, _, _ = pretrain.train_base(Recipe(seed=5, steps=3))
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    folder = base_path()
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_shipped_base_is_small_and_complete():
+    files = {path.name: path for path in base_path().iterdir()}
+    assert sum(path.stat().st_size for path in files.values()) <= 1.5e6
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= {
+        *files
+    }
+    assert all(name.endswith((".safetensors", ".json", ".jinja")) for name in files)
+
+
+def test_the_shipped_base_is_what_its_record_says(shipped):
+    """The recorded recipe is the default one, and the recorded health is measured again here."""
+    model, tokenizer = shipped
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    record = json.loads((base_path() / "pretrain.json").read_text())
+    assert record["recipe"] == json.loads(json.dumps(asdict(Recipe())))
+    health = pretrain.measure(model, tokenizer, Author(Recipe().seed))
+    assert HealthGate().passes(health)
+    recorded = record["tried"][-1]
+    # Sampling may part ways on another processor: three standard errors of 1,536 samples.
+    assert health.avg_at_12 == pytest.approx(recorded["avg_at_12"], abs=0.04)
+    assert health.hint_loss == pytest.approx(recorded["hint_loss"], rel=1e-3)
+
+
+def test_the_shipped_base_writes_steps(shipped):
+    """Greedy responses to unseen questions have the form of the task and stop on their own."""
+    model, tokenizer = shipped
+    task = ChainSum()
+    asked = [task.prompt("eval", 1000 + i).question for i in range(40)]
+    prompts = torch.tensor([tokenizer.encode(f"<q>{question}<a>") for question in asked])
+    ids = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=24
+    )
+    responses = tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+    formed = [len(response) == 18 and len(STEP.findall(response)) == 3 for response in responses]
+    assert sum(formed) >= 38
+    # It has wrong beliefs, so some answers are right and many are not.
+    assert 4 <= sum(task.reward(asked, responses)) <= 30
+
+
+def test_the_shipped_base_uses_hints(shipped):
+    """Shown a critique of its own attempt, it puts more probability on the corrected values."""
+    model, tokenizer = shipped
+    asked = [ChainSum().prompt("eval", 1000 + i) for i in range(40)]
+    right = [
+        (prompt.question, ChainSum(reference_phrasing="own").reference(prompt.question))
+        for prompt in asked
+    ]
+    hinted = [(f"{question}H{solution}", solution) for question, solution in right]
+    with torch.no_grad():
+        without = completion_loss(model, pretrain.encode(tokenizer, right))
+        shown = completion_loss(model, pretrain.encode(tokenizer, hinted))
+    assert shown < without / 3

@@ -157,6 +157,11 @@ def fused_linear_statistics(
     return LossHeadStatistics(impl=name, **_spread(found, rows_T, student_TD.shape[0]))
 
 
+def implementation_name(impl: str = "auto") -> str:
+    """What `impl` runs here: "auto" resolved, any other name checked. Raises as the ops do."""
+    return _implementation(impl)[1]
+
+
 def _implementation(impl: str):
     if impl in _NOT_BUILT:
         raise NotImplementedError(

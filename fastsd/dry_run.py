@@ -1,0 +1,107 @@
+"""--dry-run: everything a run would do first, once, without training or writing anything.
+
+Resolves the configuration, loads model and data, renders one student and one teacher prompt with
+the part they share marked, runs the longest row forward and backward, estimates memory, and names
+the implementation of each operation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+
+from fastsd.cli import Invocation, dump_toml, for_condition
+from fastsd.feedback import CONDITIONS
+from fastsd.layout import Sample, common_prefix
+from fastsd.phases import peak_memory_mib
+from fastsd.recorder import implementations
+from fastsd.session import Session
+from fastsd.train import update
+from fastsd.types import Prompt, Rollout
+
+PROMPTS_LOOKED_AT = 64
+_MIB = 2**20
+
+
+def dry_run(invocation: Invocation) -> None:
+    """Prints the report; raises what a run would raise."""
+    config = invocation.config
+    names = list(CONDITIONS) if config.condition == "all" else [config.condition]
+    print(f"# resolved configuration: {', '.join(invocation.sources)}")
+    print(dump_toml(config))
+    for name in names:
+        print(f"# condition {name}")
+        _dry_run_condition(Session(for_condition(config, name), Path("dry-run")))
+    print("dry run: nothing was trained or written")
+
+
+def _dry_run_condition(session: Session) -> None:
+    for operation, what in implementations(session).items():
+        print(f"{operation}: {what}")
+    prompts = session.train_data.take(0, PROMPTS_LOOKED_AT, session.config.seed)
+    longest = max(prompts, key=lambda prompt: len(session.renderer.student(prompt)))
+    sample = _longest_sample(session, longest)
+    _print_prompts(session, sample)
+    before = peak_memory_mib(session.policy.device)
+    start = time.perf_counter()
+    update(session, [sample])
+    seconds = time.perf_counter() - start
+    grown = peak_memory_mib(session.policy.device) - before
+    response = len(sample.rollout.response_ids)
+    print(
+        f"longest row: prompt {len(sample.student_ids)}, with feedback "
+        f"{len(sample.teacher_ids or ())}, response {response} tokens: one update in "
+        f"{seconds:.2f} s, peak memory +{grown:.0f} MiB"
+    )
+    for part, mebibytes in memory_estimate(session).items():
+        print(f"memory, {part}: {mebibytes:.1f} MiB")
+
+
+def _longest_sample(session: Session, prompt: Prompt) -> Sample:
+    """A sample with a response of max_new_tokens ordinary ids and a reward of one."""
+    count = session.config.rollout.max_new_tokens
+    tokenizer = session.policy.tokenizer
+    word = session.renderer.encode_text("1") or [tokenizer.eos_token_id]
+    ids = tuple((word * count)[:count])
+    logprobs = (-1.0,) * count
+    rollout = Rollout(prompt, 0, ids, logprobs, tokenizer.decode(ids), truncated=True, reward=1.0)
+    feedback = session.maker([rollout])
+    [sample] = session._samples([rollout], feedback)
+    return replace(sample, advantage=1.0)
+
+
+def _print_prompts(session: Session, sample: Sample) -> None:
+    tokenizer = session.policy.tokenizer
+    if sample.teacher_ids is None:
+        print(f"student prompt:\n{tokenizer.decode(sample.student_ids)}")
+        return
+    shared = len(common_prefix([sample.student_ids, sample.teacher_ids]))
+    print(f"shared by student and teacher ({shared} tokens):")
+    print(f"[[{tokenizer.decode(sample.student_ids[:shared])}]]")
+    print(f"student goes on:\n{tokenizer.decode(sample.student_ids[shared:])}")
+    print(f"teacher goes on:\n{tokenizer.decode(sample.teacher_ids[shared:])}")
+
+
+def memory_estimate(session: Session) -> dict[str, float]:
+    """MiB that stay allocated through training, counted from the parameters."""
+
+    def mebibytes(tensors) -> float:
+        return sum(t.numel() * t.element_size() for t in tensors) / _MIB
+
+    trainable = list(session.optimizer.parameters.values())
+    masters = list(session.optimizer.masters.values())
+    copies = [m for p, m in zip(trainable, masters, strict=True) if m is not p]
+    teacher = session.teacher
+    copied = teacher is not None and teacher.policy is not session.policy
+    return {
+        "weights": mebibytes(session.policy.model.parameters()),
+        "fp32 masters": mebibytes(copies),
+        "optimizer moments": 2 * mebibytes(masters),
+        "gradients": mebibytes(trainable),
+        "teacher copy": mebibytes(teacher.policy.model.parameters()) if copied else 0.0,
+        "loss head scratch, at most": 256.0 if session.policy.device.type == "cpu" else 1024.0,
+    }
+
+

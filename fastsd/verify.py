@@ -1,0 +1,294 @@
+"""Rewards: rollout -> 1.0 (right), 0.0 (wrong) or None (no signal), by functions in TRL's shape.
+
+    reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+`load_reward` gives the task's own check, exact match, math-verify, or a user's function;
+`score_rollouts` calls any of them. The built-in ones compare the final answer of the response,
+as fastsd.answers finds it.
+
+Answer text is untrusted. It is only ever compared as a string, or parsed as LaTeX by math-verify
+in another process (fastsd/verify_worker.py), which never imports torch and forks a child per
+answer. A child gets 90 % of reward.timeout_s and then SIGKILL; the rest of the time pays for the
+kill and the next fork, so that N answers on two workers take at most N / 2 * timeout_s after the
+workers' start (about 2 s, once, at the first answer that needs them). A worker that itself stops
+answering, which no answer can bring about, is replaced after timeout_s + 10 s and scores 0.
+"""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import numbers
+import queue
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastsd.answers import extract_answer, folded
+from fastsd.config import RewardConfig
+from fastsd.types import FastsdError, Rollout, Task
+
+Reward = Callable[..., list[float | None]]
+
+MAX_ANSWER_CHARACTERS = 2000
+_WORKERS = 2
+_START_S = 120.0
+_BUILT_IN = ("task", "exact", "math")
+_WORDS = re.compile(r"[^\W\d_]{2,}([ '-][^\W\d_]+)*")
+
+
+def load_reward(config: RewardConfig, task: Task | None) -> Reward:
+    """The reward function that reward.function names. Its `__name__` is that name.
+
+    Raises FastsdError when there is no task for "task", or when the module or function of
+    "module:function" cannot be imported.
+    """
+    name = config.function
+    if name == "task":
+        if task is None:
+            raise FastsdError('reward.function = "task" needs a task: set data.task')
+        return task.reward
+    if name == "exact":
+        return exact_reward
+    if name == "math":
+        return MathReward(config.timeout_s)
+    if ":" in name:
+        return _import_function(name)
+    near = difflib.get_close_matches(name, _BUILT_IN, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise FastsdError(
+        f'reward.function = "{name}" is none of task, exact, math or module:function{hint}'
+    )
+
+
+def score_rollouts(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
+    """Call a reward function on rollouts; one number or None each.
+
+    The function gets message lists: prompts, and completions of one assistant turn; and each
+    column (answer, solution and the prompts' own) as a list, None where a prompt lacks it. Like
+    completion_ids, columns are left out where its signature does not take them.
+    Raises FastsdError naming the function when it raises or returns anything else.
+    """
+    if not rollouts:
+        return []
+    name = _name(reward)
+    arguments = _accepted(reward, _arguments(rollouts))
+    try:
+        rewards = reward(**arguments)
+    except FastsdError:
+        raise
+    except Exception as error:
+        raise FastsdError(
+            f"reward function {name} raised {type(error).__name__}: {error}"
+        ) from error
+    return _checked(rewards, len(rollouts), name)
+
+
+def exact_reward(
+    prompts: list, completions: list, answer: list[str | None], **columns: Any
+) -> list[float | None]:
+    """1.0 where the final answer is the answer: NFKC, spaces and case set aside, else 0.0."""
+    _require_answers(answer, "exact")
+    found = [folded(extract_answer(_text(completion))) for completion in completions]
+    return [float(f != "" and f == folded(gold)) for f, gold in zip(found, answer, strict=True)]
+
+
+class MathReward:
+    """math-verify in worker processes that are started at the first need and kept.
+
+    1.0 only where math-verify says exactly True (or the strings are equal); 0.0 for wrong, over
+    2,000 characters, unparsable or too slow (`timeouts` counts the last).
+    """
+
+    __name__ = "math"
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
+        self.timeouts = 0
+        self._threads: ThreadPoolExecutor | None = None
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def __call__(
+        self, prompts: list, completions: list, answer: list[str | None], **columns: Any
+    ) -> list[float | None]:
+        _require_answers(answer, "math")
+        found = [extract_answer(_text(completion)) for completion in completions]
+        pairs = [(gold.strip(), f) for gold, f in zip(answer, found, strict=True)]
+        rewards: list[float | None] = [float(gold == found) for gold, found in pairs]
+        open_rows = [i for i, (gold, found) in enumerate(pairs) if _worth_parsing(gold, found)]
+        if open_rows:
+            self._start()
+            verdicts = self._threads.map(self._check, [pairs[i] for i in open_rows])
+            for row, verdict in zip(open_rows, verdicts, strict=True):
+                rewards[row] = float(verdict == "right")
+                self.timeouts += verdict == "timeout"
+        return rewards
+
+    def close(self) -> None:
+        """End the workers. Called at exit; a later call of the reward starts them again."""
+        if self._threads is None:
+            return
+        self._threads.shutdown()
+        self._threads = None
+        while not self._idle.empty():
+            self._idle.get().kill()
+
+    def _start(self) -> None:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_WORKERS)
+            for _ in range(_WORKERS):
+                self._idle.put(_Worker(self.timeout_s))
+            atexit.register(self.close)
+
+    def _check(self, pair: tuple[str, str]) -> str:
+        worker = self._idle.get()
+        try:
+            verdict = worker.check(*pair)
+            if verdict is None:
+                # The process itself died, e.g. by the kernel's out-of-memory killer.
+                worker.kill()
+                worker = _Worker(self.timeout_s)
+                verdict = "timeout"
+            return verdict
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One verify_worker process. `check` is called by one thread at a time."""
+
+    def __init__(self, timeout_s: float):
+        if importlib.util.find_spec("math_verify") is None:
+            raise FastsdError('reward.function = "math" needs: pip install math-verify')
+        self._patience_s = timeout_s + 10.0
+        self._started = False
+        script = str(Path(__file__).with_name("verify_worker.py"))
+        # -P: the script's folder must not be searched for modules, our types.py is not Python's.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", script, str(0.9 * timeout_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def check(self, gold: str, answer: str) -> str | None:
+        """ "right", "wrong" or "timeout"; None when the process is gone."""
+        if not self._started and self._line(_START_S) != "ready":
+            self.kill()
+            raise FastsdError(
+                "the math-verify worker did not start; its own error message is above"
+            )
+        self._started = True
+        try:
+            self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self._line(self._patience_s)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _line(self, patience_s: float) -> str | None:
+        ready, _, _ = select.select([self._process.stdout], [], [], patience_s)
+        return self._process.stdout.readline().decode().strip() or None if ready else None
+
+
+def _worth_parsing(gold: str, found: str) -> bool:
+    """Equal strings need no worker; words none either: as products of letters, anagrams agree."""
+    if gold == found or not found or _WORDS.fullmatch(gold):
+        return False
+    return len(found) <= MAX_ANSWER_CHARACTERS and len(gold) <= MAX_ANSWER_CHARACTERS
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion: a message list (conversational) or a string."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _require_answers(answers: Sequence[str | None], name: str) -> None:
+    for row, answer in enumerate(answers):
+        if answer is None or not answer.strip():
+            raise FastsdError(
+                f'reward.function = "{name}" needs an answer for every prompt, and prompt {row} of '
+                "the batch has none; map a column to `answer` in data.columns"
+            )
+
+
+def _arguments(rollouts: Sequence[Rollout]) -> dict[str, list]:
+    extras = {name: None for rollout in rollouts for name in rollout.prompt.columns}
+    arguments: dict[str, list] = {
+        name: [rollout.prompt.columns.get(name) for rollout in rollouts] for name in extras
+    }
+    own = {
+        "prompts": [[dict(m) for m in rollout.prompt.messages] for rollout in rollouts],
+        "completions": [[{"role": "assistant", "content": r.text}] for r in rollouts],
+        "completion_ids": [list(rollout.response_ids) for rollout in rollouts],
+        "answer": [rollout.prompt.answer for rollout in rollouts],
+        "solution": [rollout.prompt.solution for rollout in rollouts],
+    }
+    clash = sorted(own.keys() & arguments.keys())
+    if clash:
+        raise FastsdError(
+            f"data column {clash[0]!r} has a name that reward functions need for themselves; "
+            "rename it in the data file"
+        )
+    return {**own, **arguments}
+
+
+def _accepted(reward: Reward, arguments: dict[str, list]) -> dict[str, list]:
+    parameters = inspect.signature(reward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def _checked(rewards: Any, count: int, name: str) -> list[float | None]:
+    if not isinstance(rewards, list | tuple):
+        found = type(rewards).__name__
+        raise FastsdError(f"reward function {name} returned a {found}, not a list of numbers")
+    if len(rewards) != count:
+        raise FastsdError(
+            f"reward function {name} returned {len(rewards)} rewards for {count} completions"
+        )
+    for index, value in enumerate(rewards):
+        if value is None:
+            continue
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise FastsdError(
+                f"reward function {name} returned {value!r} for completion {index}; each reward "
+                "is a finite number, or None for no signal"
+            )
+    return [None if value is None else float(value) for value in rewards]
+
+
+def _import_function(spec: str) -> Reward:
+    module, _, attribute = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise FastsdError(
+            f'reward.function = "{spec}" cannot be imported ({type(error).__name__}: {error}); '
+            "the module must be importable, e.g. from the working directory or PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise FastsdError(
+            f'reward.function = "{spec}" is a {type(function).__name__}, not callable'
+        )
+    return function
+
+
+def _name(reward: Reward) -> str:
+    module = getattr(reward, "__module__", "")
+    return f"{module}:{getattr(reward, '__name__', type(reward).__name__)}"

@@ -1,0 +1,173 @@
+"""A resumed run equals the uninterrupted one, bit for bit: weights, optimizer, teacher, losses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import LORA, final_state, losses, run_small, small_config
+
+from fastsd.checkpoint import checkpoints
+from fastsd.session import Session
+from fastsd.types import CheckpointError
+
+CONDITIONS = ("grpo", "reference", "critique")
+TEACHERS = ("live", "ema", "frozen", "adapter_off")
+
+
+def mid_everything(condition: str, teacher: str, **more):
+    """Two steps per batch of rollouts (resume mid-buffer), several micro-batches per step."""
+    lora = {"lora": LORA} if teacher == "adapter_off" else {}
+    return small_config(
+        condition,
+        teacher={"kind": teacher},
+        model=lora,
+        rollout={"prompts_per_step": 3, "samples_per_prompt": 4, "steps_per_batch": 2},
+        loss={"policy_weight": 0.5} if condition == "critique" else {},
+        **more,
+    )
+
+
+def cut_back(source: Path, target: Path, step: int) -> Path:
+    """What the folder of `source` looked like when checkpoint `step` was its newest."""
+    shutil.copytree(source, target)
+    for saved, path in checkpoints(target):
+        if saved > step:
+            shutil.rmtree(path)
+    return target
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_resume_is_exact_mid_buffer_and_between_batches(condition, teacher, tmp_path):
+    whole = run_small(mid_everything(condition, teacher), tmp_path / "whole")
+    want, want_losses = final_state(whole), losses(whole)
+    assert len(want_losses) == 6 and len({loss for _, loss in want_losses}) > 1
+    for step in (1, 4):
+        cut = cut_back(whole, tmp_path / f"from-{step}", step)
+        run_small(mid_everything(condition, teacher, resume="auto"), cut)
+        got = final_state(cut)
+        assert got == want
+        assert losses(cut) == want_losses
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    config = small_config("critique", optim={"steps": 2})
+    run = run_small(config, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    run_small(config.model_copy(update={"resume": "auto"}), run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    run = run_small(small_config("critique", optim={"steps": 1}), tmp_path / "run")
+    other = small_config("critique", resume="auto", optim={"steps": 1, "lr": 1.0})
+    with pytest.raises(CheckpointError, match=r"cannot resume .*\[optim\] was .*0.0003.* and is .*1.0"):
+        Session(other, run).restore()
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(tmp_path, caplog):
+    config = small_config("reference", teacher={"kind": "ema"})
+    whole = run_small(config, tmp_path / "whole")
+    cut = cut_back(whole, tmp_path / "cut", 4)
+    weights = cut / "checkpoint-4" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    run_small(config.model_copy(update={"resume": "auto"}), cut)
+    assert "checkpoint-4" in caplog.text and losses(cut) == losses(whole)
+    assert final_state(cut)["model.safetensors"] == final_state(whole)["model.safetensors"]
+
+
+def launch(run_dir: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastsd.train", "--run", str(run_dir), "--resume", "auto"]
+    small = [
+        *("--condition", "critique", "--seeds", "1", "--optim.steps", "12", "--checkpoint.every", "1"),
+        *("--teacher.kind", "ema", "--rollout.steps-per-batch", "2", "--checkpoint.keep", "50"),
+        *("--rollout.prompts-per-step", "4", "--eval.questions", "2", "--eval.samples", "2"),
+    ]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    return subprocess.Popen(
+        [*command, *small, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    metrics = run_dir / "critique-seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    process = launch(run_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return run_dir, json.loads(output.splitlines()[-1])
+
+
+def assert_same_end(run_dir: Path, output: str, uninterrupted) -> None:
+    whole, line = uninterrupted
+    got = json.loads(output.splitlines()[-1])
+    assert got["avg_at_2"] == line["avg_at_2"] and got["ci95"] == line["ci95"]
+    ours, theirs = final_state(run_dir / "critique-seed0"), final_state(whole / "critique-seed0")
+    for name in ("model.safetensors", "trainer/state.safetensors"):
+        assert ours[name] == theirs[name]
+    assert losses(run_dir / "critique-seed0") == losses(whole / "critique-seed0")
+
+
+def finish(run_dir: Path) -> str:
+    process = launch(run_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave_with_their_code(signum, code, tmp_path, uninterrupted):
+    run_dir = tmp_path / "run"
+    process = launch(run_dir, "--checkpoint.every", "0")
+    wait_for_step(run_dir, 3, process)
+    sent = time.monotonic()
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert time.monotonic() - sent < 10, "left late"
+    assert "saved" in output and checkpoints(run_dir / "critique-seed0")
+    assert_same_end(run_dir, finish(run_dir), uninterrupted)
+
+
+def kill_and_resume(run_dir: Path, kills: int, rng: random.Random, uninterrupted) -> None:
+    for _ in range(kills):
+        process = launch(run_dir)
+        try:
+            wait_for_step(run_dir, rng.randrange(1, 11), process)
+            time.sleep(rng.random() * 0.3)
+        except AssertionError:
+            assert process.returncode == 0  # it had less left to do than the step waited for
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert_same_end(run_dir, finish(run_dir), uninterrupted)
+
+
+def test_kill_at_random_moments(tmp_path, uninterrupted):
+    kill_and_resume(tmp_path / "run", 2, random.Random(0), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_many_kills_at_random_moments(seed, tmp_path, uninterrupted):
+    kill_and_resume(tmp_path / "run", 5, random.Random(1000 + seed), uninterrupted)
