@@ -13,6 +13,7 @@ malloc := MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
           MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1
 smollm2 := models/smollm2-warm
 
+.DELETE_ON_ERROR:
 .PHONY: train train-smollm2 test test-slow gpu-check lint format clean
 
 train: $(VENV)/installed

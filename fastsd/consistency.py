@@ -75,7 +75,7 @@ def _place(problem: Problem, config: Config, name: str) -> Problem:
 
 
 def find_missing(config: Config) -> list[Problem]:
-    """What a training run cannot start without; only the command line asks."""
+    """What a run cannot start without: asked by the command line, not of every Config in a test."""
     problems = []
     if not config.model.name:
         hint = "not set: name a model folder, a Hugging Face model or the shipped chain_sum base"
@@ -83,6 +83,9 @@ def find_missing(config: Config) -> list[Problem]:
     if not config.data.task and not config.data.train:
         hint = f"not set: name a task ({', '.join(TASKS)}), or set data.train and data.eval"
         problems.append(_problem("data.task", hint))
+    if config.resume == "auto" and "{time}" in config.run:
+        hint = f'"auto" needs a fixed run folder, but run = "{config.run}" changes with the time'
+        problems.append(_problem("resume", f"{hint}: set run to the folder to continue"))
     return problems
 
 
@@ -97,9 +100,6 @@ def _run_problems(config: Config) -> list[Problem]:
     if fields is None or not fields <= {"condition", "time"}:
         found = f'found "{config.run}", the fields {{condition}} and {{time}} are allowed'
         problems.append(_problem("run", found))
-    elif config.resume == "auto" and "time" in fields:
-        hint = f'"auto" needs a fixed run folder, but run = "{config.run}" changes with the time'
-        problems.append(_problem("resume", f"{hint}: set run to the folder to continue"))
     if not _DEVICE.fullmatch(config.device):
         found = f'found "{config.device}", must be "auto", "cpu", "cuda" or "cuda:N"'
         problems.append(_problem("device", found))

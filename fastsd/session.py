@@ -107,15 +107,16 @@ class Session:
             for start in range(0, len(rollouts), size)
             for advantage in group_advantages([r.reward for r in rollouts[start : start + size]])
         ]
+        prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
+        rendered = {name: self.renderer.student(prompt) for name, prompt in prompts.items()}
         samples = []
         for rollout, given, advantage in zip(rollouts, feedback, advantages, strict=True):
-            student_ids = self.renderer.student(rollout.prompt)
-            teacher_ids = None
-            cut = False
+            student = rendered[rollout.prompt.id]
+            teacher_ids, cut = None, False
             if given.text is not None and self.maker.template:
                 prompt = self.renderer.teacher(rollout.prompt, self.maker.template, given.text)
                 teacher_ids, cut = prompt.ids, prompt.cut
-            samples.append(Sample(rollout, student_ids, teacher_ids, advantage, given.text, cut))
+            samples.append(Sample(rollout, student, teacher_ids, advantage, given.text, cut))
         return samples
 
     def teacher_hidden(self, batch: Sequence[Sample], like_TD: torch.Tensor) -> torch.Tensor | None:

@@ -98,9 +98,9 @@ def exact_reward(
     prompts: list, completions: list, answer: list[str | None], **columns: Any
 ) -> list[float | None]:
     """1.0 where the final answer is the answer: NFKC, spaces and case set aside, else 0.0."""
-    _require_answers(answer, "exact")
+    golds = [folded(gold) for gold in _required(answer, "exact")]
     found = [folded(extract_answer(_text(completion))) for completion in completions]
-    return [float(f != "" and f == folded(gold)) for f, gold in zip(found, answer, strict=True)]
+    return [float(f != "" and f == gold) for f, gold in zip(found, golds, strict=True)]
 
 
 class MathReward:
@@ -121,14 +121,13 @@ class MathReward:
     def __call__(
         self, prompts: list, completions: list, answer: list[str | None], **columns: Any
     ) -> list[float | None]:
-        _require_answers(answer, "math")
+        golds = _required(answer, "math")
         found = [extract_answer(_text(completion)) for completion in completions]
-        pairs = [(gold.strip(), f) for gold, f in zip(answer, found, strict=True)]
+        pairs = [(gold.strip(), f) for gold, f in zip(golds, found, strict=True)]
         rewards: list[float | None] = [float(gold == found) for gold, found in pairs]
         open_rows = [i for i, (gold, found) in enumerate(pairs) if _worth_parsing(gold, found)]
         if open_rows:
-            self._start()
-            verdicts = self._threads.map(self._check, [pairs[i] for i in open_rows])
+            verdicts = self._started().map(self._check, [pairs[i] for i in open_rows])
             for row, verdict in zip(open_rows, verdicts, strict=True):
                 rewards[row] = float(verdict == "right")
                 self.timeouts += verdict == "timeout"
@@ -143,12 +142,13 @@ class MathReward:
         while not self._idle.empty():
             self._idle.get().kill()
 
-    def _start(self) -> None:
+    def _started(self) -> ThreadPoolExecutor:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_WORKERS)
             for _ in range(_WORKERS):
                 self._idle.put(_Worker(self.timeout_s))
             atexit.register(self.close)
+        return self._threads
 
     def _check(self, pair: tuple[str, str]) -> str:
         worker = self._idle.get()
@@ -179,6 +179,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        assert self._process.stdin and self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def check(self, gold: str, answer: str) -> str | None:
         """ "right", "wrong" or "timeout"; None when the process is gone."""
@@ -189,8 +191,8 @@ class _Worker:
             )
         self._started = True
         try:
-            self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+            self._stdin.flush()
         except BrokenPipeError:
             return None
         return self._line(self._patience_s)
@@ -198,11 +200,11 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
 
     def _line(self, patience_s: float) -> str | None:
-        ready, _, _ = select.select([self._process.stdout], [], [], patience_s)
-        return self._process.stdout.readline().decode().strip() or None if ready else None
+        ready, _, _ = select.select([self._stdout], [], [], patience_s)
+        return self._stdout.readline().decode().strip() or None if ready else None
 
 
 def _worth_parsing(gold: str, found: str) -> bool:
@@ -217,13 +219,16 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _require_answers(answers: Sequence[str | None], name: str) -> None:
-    for row, answer in enumerate(answers):
-        if answer is None or not answer.strip():
-            raise FastsdError(
-                f'reward.function = "{name}" needs an answer for every prompt, and prompt {row} of '
-                "the batch has none; map a column to `answer` in data.columns"
-            )
+def _required(answers: Sequence[str | None], name: str) -> list[str]:
+    """The answers; FastsdError where one is missing."""
+    required = [answer for answer in answers if answer is not None and answer.strip()]
+    if len(required) < len(answers):
+        row = next(i for i, answer in enumerate(answers) if answer is None or not answer.strip())
+        raise FastsdError(
+            f'reward.function = "{name}" needs an answer for every prompt, and prompt {row} of '
+            "the batch has none; map a column to `answer` in data.columns"
+        )
+    return required
 
 
 def _arguments(rollouts: Sequence[Rollout]) -> dict[str, list]:
@@ -276,7 +281,7 @@ def _checked(rewards: Any, count: int, name: str) -> list[float | None]:
 def _import_function(spec: str) -> Reward:
     module, _, attribute = spec.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function: Reward = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise FastsdError(
             f'reward.function = "{spec}" cannot be imported ({type(error).__name__}: {error}); '

@@ -22,6 +22,7 @@ import resource
 import select
 import signal
 import sys
+from typing import Any
 
 MEMORY_BYTES = 2 << 30
 _REFUSED = ("ctypes.", "pty.", "shutil.", "socket.", "subprocess.") + tuple(
@@ -56,13 +57,13 @@ def equivalent(gold: str, answer: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     # no_fallback: otherwise unparsed text is compared piece by piece, and "42 or 43" is right.
-    options = {
+    options: dict[str, Any] = {
         "extraction_config": [LatexExtractionConfig()],
         "fallback_mode": "no_fallback",
         "parsing_timeout": None,
     }
-    parsed = [parse(_as_latex(text), **options) for text in (gold, answer)]
-    return verify(*parsed, timeout_seconds=None) is True
+    parsed_gold, parsed_answer = (parse(_as_latex(text), **options) for text in (gold, answer))
+    return verify(parsed_gold, parsed_answer, timeout_seconds=None) is True
 
 
 def close_sympys_eval() -> None:

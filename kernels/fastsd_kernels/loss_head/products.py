@@ -56,11 +56,11 @@ class Products:
             if self._bias is not None:
                 z_TV.add_(self._bias)
 
-    def add_gradients(self, g_TV: Tensor, start: int, stop: int) -> None:
-        """d h[start:stop] = g W, d W += g^T h, d b += sum g."""
+    def add_gradients(self, g_TV: Tensor, free: Tensor | None, start: int, stop: int) -> None:
+        """d h[start:stop] = g W, d W += g^T h, d b += sum g. `free`: scratch like g_TV, if any."""
         narrow = g_TV
         if self._mixed_cuda or (self._mixed_cpu and self._d_student is not None):
-            narrow = g_TV.to(torch.bfloat16)
+            narrow = _narrowed(g_TV, free)
         if self._d_student is not None:
             part_TD = self._d_student[start:stop]
             if narrow.dtype == part_TD.dtype:
@@ -74,7 +74,7 @@ class Products:
                 torch.addmm(sum_VD, narrow.T, hidden_TD, out_dtype=wide, out=sum_VD)
             else:
                 with _bf16_arithmetic(self._mixed_cpu):
-                    sum_VD.addmm_(g_TV.T, hidden_TD, beta=0 if start == 0 else 1)
+                    sum_VD.addmm_(g_TV.T, hidden_TD)
         if self._d_bias is not None:
             self._d_bias += g_TV.sum(0)
 
@@ -83,6 +83,13 @@ class Products:
         return tuple(
             None if x is None else x.to(dtype) for x, dtype in zip(found, self._types, strict=True)
         )
+
+
+def _narrowed(g_TV: Tensor, free: Tensor | None) -> Tensor:
+    """g in bf16, in the memory of `free`: fresh memory would cost several times the rounding."""
+    if free is None:
+        return g_TV.to(torch.bfloat16)
+    return free.view(-1).view(torch.bfloat16)[: g_TV.numel()].view(g_TV.shape).copy_(g_TV)
 
 
 def _cpu_has_bf16() -> bool:

@@ -1,0 +1,43 @@
+"""--dry-run on the paper's recipe with a tiny random Qwen3 that has the real chat template."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import build_tiny_qwen3
+
+from fastsd.train import main
+
+RECIPE = Path(__file__).parent.parent / "examples" / "paper_qwen3_1.7b.toml"
+
+
+def rows(path: Path, count: int) -> str:
+    lines = [
+        {"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"{i} + {i} = {2 * i}"}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("condition", ["reference", "grpo"])
+def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build_tiny_qwen3(tmp_path / "qwen3")
+    code = main(
+        [
+            *(str(RECIPE), "--dry-run", "--condition", condition, "--model.name", str(model)),
+            *("--data.train", rows(tmp_path / "train.jsonl", 40)),
+            *("--data.eval", rows(tmp_path / "eval.jsonl", 8)),
+        ]
+    )
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert "loss_head: chunked" in output and "full rows" in output
+    assert "response 2048 tokens" in output and "optimizer moments" in output
+    if condition == "reference":
+        shared, _, rest = output.partition("student goes on:")
+        student, _, teacher = rest.partition("teacher goes on:")
+        assert "What is" in shared and "<think>\n\n</think>" in student
+        assert "Here is a worked solution" in teacher and "</think>" not in teacher.split("longest row")[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"qwen3", "train.jsonl", "eval.jsonl"}
