@@ -89,7 +89,9 @@ class BranchCache:
         """Drops all rows but `rows` (ascending indices), and prompts left without any."""
         kept = self.prompt_of_row[rows]
         prompts, self.prompt_of_row = torch.unique(kept, return_inverse=True)
-        first_of_prompt = torch.searchsorted(self.prompt_of_row, torch.arange(len(prompts)).to(kept))
+        first_of_prompt = torch.searchsorted(
+            self.prompt_of_row, torch.arange(len(prompts)).to(kept)
+        )
         self.slot_of_row = torch.arange(len(rows)).to(kept) - first_of_prompt[self.prompt_of_row]
         self.slots = int(self.slot_of_row.max()) + 1
         self.key_BKTH = [key[rows] for key in self.key_BKTH]

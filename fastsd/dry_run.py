@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-
 from fastsd.cli import Invocation, dump_toml, for_condition
 from fastsd.feedback import CONDITIONS
 from fastsd.layout import Sample, common_prefix
@@ -93,15 +92,13 @@ def memory_estimate(session: Session) -> dict[str, float]:
     trainable = list(session.optimizer.parameters.values())
     masters = list(session.optimizer.masters.values())
     copies = [m for p, m in zip(trainable, masters, strict=True) if m is not p]
-    teacher = session.teacher
-    copied = teacher is not None and teacher.policy is not session.policy
+    teacher = session.teacher.policy if session.teacher else session.policy
+    copied = teacher is not session.policy
     return {
         "weights": mebibytes(session.policy.model.parameters()),
         "fp32 masters": mebibytes(copies),
         "optimizer moments": 2 * mebibytes(masters),
         "gradients": mebibytes(trainable),
-        "teacher copy": mebibytes(teacher.policy.model.parameters()) if copied else 0.0,
+        "teacher copy": mebibytes(teacher.model.parameters()) if copied else 0.0,
         "loss head scratch, at most": 256.0 if session.policy.device.type == "cpu" else 1024.0,
     }
-
-

@@ -1,150 +1,42 @@
-"""How good is a checkpoint: Avg@k, pass@k and maj@k, with intervals that say how sure we are.
+"""How good is a checkpoint: sample, score, tabulate.
 
-The statistics are plain numpy on a Q x K table of right / wrong / not scored, so they can be tested
-by hand and reused by the report. What the intervals mean, everywhere in fastsd:
+    python -m fastsd.evaluate CHECKPOINT [CONFIG.toml ...] [--eval.questions N ...]
 
-* The unit of resampling is the QUESTION (its K samples stay together): samples of one question are
-  far from independent, questions are what we would draw anew.
-* Several training seeds are averaged within each question before resampling. Such an interval is
-  about the questions; the spread between seeds is not in it and is printed beside it.
-* Two conditions are compared on the same questions: the interval is that of the mean difference per
-  question, which is much narrower than two intervals side by side.
+prints Avg@k, pass@k and maj@k with 95 % intervals for any checkpoint folder, and as its last line
+one JSON object. The statistics are in `fastsd.scores`; an `EvalResult` keeps the whole table of
+right and wrong, so that results can be pooled over seeds and compared by question later.
 
-A sample whose reward is None was not scored. It is left out of its question's n and counted in
-`unscored`; a question without any scored sample is left out of the means.
-
-Axes: Q questions, K samples per question, S training seeds, R bootstrap resamples.
+Axes: Q questions, K samples per question.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter, defaultdict
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsd.config import EvalConfig
-from fastsd.types import FastsdError, Prompt, Rollout
+from fastsd.scores import (
+    METRICS,
+    EvaluationError,
+    Interval,
+    avg_by_question,
+    bootstrap_interval,
+    majority_by_question,
+    pass_by_question,
+    pool_seeds,
+)
+from fastsd.types import Prompt, Rollout
 
-METRICS = ("avg_at_k", "pass_at_k", "maj_at_k")
-RESAMPLES = 4000
-QUANTILES = (0.025, 0.975)
-
-Table = Sequence[Sequence[float | None]]
-Interval = tuple[float, float, float]
-
-
-class EvaluationError(FastsdError):
-    """An evaluation whose inputs do not fit together, or that scored nothing."""
-
-
-def _matrix(correct_QK: Table) -> np.ndarray:
-    """The table as float64 [Q, K], NaN for None; EvaluationError where ragged or not 0/1."""
-    if not len(correct_QK) or len({len(row) for row in correct_QK}) != 1 or not len(correct_QK[0]):
-        lengths = sorted({len(row) for row in correct_QK})
-        raise EvaluationError(f"correct_QK must be a Q x K table; found row lengths {lengths}")
-    matrix_QK = np.array([[np.nan if c is None else c for c in row] for row in correct_QK], float)
-    if not np.isin(matrix_QK[~np.isnan(matrix_QK)], (0.0, 1.0)).all():
-        raise EvaluationError("correct_QK must hold 0, 1 or None only; rewards are not correctness")
-    return matrix_QK
-
-
-def avg_by_question(correct_QK: Table) -> np.ndarray:
-    """Share of scored samples that are right, float64 [Q]; NaN where nothing was scored."""
-    matrix_QK = _matrix(correct_QK)
-    scored_Q = (~np.isnan(matrix_QK)).sum(axis=1)
-    right_Q = np.nansum(matrix_QK, axis=1)
-    return np.where(scored_Q > 0, right_Q / np.maximum(scored_Q, 1), np.nan)
-
-
-def pass_by_question(correct_QK: Table, k: int | None = None) -> np.ndarray:
-    """Unbiased chance that one of k samples is right, 1 - C(n-c, k) / C(n, k), float64 [Q].
-
-    n scored samples of which c are right (Chen et al. 2021, arXiv 2107.03374); k defaults to K.
-    With n < k (samples that were not scored) all n are used: a lower bound. NaN where n = 0.
-    """
-    matrix_QK = _matrix(correct_QK)
-    k = matrix_QK.shape[1] if k is None else k
-    if not 1 <= k <= matrix_QK.shape[1]:
-        raise EvaluationError(f"pass@k needs 1 <= k <= {matrix_QK.shape[1]} samples; found k = {k}")
-
-    def one(row_K: np.ndarray) -> float:
-        n, c = int((~np.isnan(row_K)).sum()), int(np.nansum(row_K))
-        return 1.0 - math.comb(n - c, min(k, n)) / math.comb(n, min(k, n)) if n else math.nan
-
-    return np.array([one(row_K) for row_K in matrix_QK])
-
-
-def majority_by_question(
-    answers_QK: Sequence[Sequence[str | None]], correct_QK: Table
-) -> np.ndarray:
-    """Is the most frequent answer right? float64 [Q]; NaN where nothing was scored.
-
-    Votes are equal strings, as extracted; samples without an answer or a score have no vote, and a
-    scored question without votes is wrong. Ties count as the mean over the tied answers: what a
-    coin would give on average, whatever the order of the samples.
-    """
-    matrix_QK = _matrix(correct_QK)
-    if [len(row) for row in answers_QK] != [matrix_QK.shape[1]] * matrix_QK.shape[0]:
-        raise EvaluationError(f"answers_QK must have the shape of correct_QK, {matrix_QK.shape}")
-
-    def one(answers_K: Sequence[str | None], row_K: np.ndarray) -> float:
-        if np.isnan(row_K).all():
-            return math.nan
-        marks: dict[str, list[float]] = defaultdict(list)
-        for answer, mark in zip(answers_K, row_K, strict=True):
-            if answer is not None and not np.isnan(mark):
-                marks[answer].append(float(mark))
-        most = max((len(m) for m in marks.values()), default=0)
-        return float(np.mean([np.mean(m) for m in marks.values() if len(m) == most] or [0.0]))
-
-    return np.array([one(a, row_K) for a, row_K in zip(answers_QK, matrix_QK, strict=True)])
-
-
-def avg_at_k(correct_QK: Table) -> float:
-    """Mean over questions of the share of right samples (Avg@k, also mean@k)."""
-    return _mean(avg_by_question(correct_QK))
-
-
-def pass_at_k(correct_QK: Table, k: int | None = None) -> float:
-    """Mean over questions of `pass_by_question`."""
-    return _mean(pass_by_question(correct_QK, k))
-
-
-def maj_at_k(answers_QK: Sequence[Sequence[str | None]], correct_QK: Table) -> float:
-    """Mean over questions of `majority_by_question`."""
-    return _mean(majority_by_question(answers_QK, correct_QK))
-
-
-def _mean(values_Q: np.ndarray) -> float:
-    kept_Q = values_Q[~np.isnan(values_Q)]
-    if not kept_Q.size:
-        raise EvaluationError("no sample of any question was scored; every reward was None")
-    return float(kept_Q.mean())
-
-
-def bootstrap_interval(
-    values_Q: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """(mean, low, high): the 95 % percentile bootstrap interval of the mean over questions.
-
-    Questions with NaN are left out. The same values always give the same interval.
-    """
-    mean = _mean(values_Q)
-    kept_Q = values_Q[~np.isnan(values_Q)]
-    picks_RQ = np.random.default_rng(seed).integers(0, kept_Q.size, (resamples, kept_Q.size))
-    low, high = np.quantile(kept_Q[picks_RQ].mean(axis=1), QUANTILES)
-    return mean, float(low), float(high)
-
-
-def pool_seeds(values_SQ: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over the seeds that scored each question, float64 [Q]; NaN where none did."""
-    stacked_SQ = np.stack([np.asarray(values_Q, float) for values_Q in values_SQ])
-    scored_Q = (~np.isnan(stacked_SQ)).sum(axis=0)
-    return np.where(scored_Q > 0, np.nansum(stacked_SQ, axis=0) / np.maximum(scored_Q, 1), np.nan)
+if TYPE_CHECKING:
+    from fastsd.config import Config, EvalConfig
 
 
 @dataclass(frozen=True)
@@ -274,3 +166,117 @@ def evaluate(
     )
     rewards = score_rollouts(reward_fn, rollouts)
     return tabulate(rollouts, rewards, [answer_of(r.text) for r in rollouts], config.samples)
+
+
+def checkpoint_config(checkpoint: str, words: Sequence[str]) -> Config:
+    """The configuration that evaluates `checkpoint`; `words` are TOML files and flags.
+
+    Without a file: the config.resolved.toml beside the checkpoint or one folder up, else the
+    embedded experiment if the checkpoint is its shipped base. Raises ConfigError where that leaves
+    something unset.
+    """
+    from fastsd.cli import PRESET, load_config
+    from fastsd.flags import parse_flags
+    from fastsd.model import model_path
+
+    folder = Path(model_path(checkpoint)).resolve()
+    files = parse_flags(words).files
+    if not files:
+        near = (parent / "config.resolved.toml" for parent in list(folder.parents)[:2])
+        base = [PRESET] if folder == Path(model_path("chain_sum")).resolve() else []
+        files = [str(file) for file in [*filter(Path.exists, near), *base][:1]]
+        words = [*files, *words]
+    config = load_config([*words, "--model.name", checkpoint]).config
+    # A checkpoint holds whole weights: adapters are merged into it, and nothing is trained here.
+    plain = {"lora": None, "freeze": [], "gradient_checkpointing": False}
+    return config.model_copy(update={"model": config.model.model_copy(update=plain)})
+
+
+def evaluate_checkpoint(config: Config) -> EvalResult:
+    """`evaluate` on the held-out questions of `config`, with the model that it names."""
+    import torch
+
+    from fastsd import checkpoint, hardware
+    from fastsd.answers import extract_answer
+    from fastsd.data import load_data
+    from fastsd.model import load_policy, model_path
+    from fastsd.render import PromptRenderer
+    from fastsd.rollout import Sampler
+    from fastsd.session import open_task
+    from fastsd.verify import load_reward
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = Path(model_path(config.model.name))
+    if (folder / checkpoint.MANIFEST).exists():
+        checkpoint.verify(folder)
+    device = hardware.resolve_device(config.device)
+    task = open_task(config)
+    _, eval_prompts = load_data(config.data, task, config.seed)
+    policy = load_policy(config.model, device, hardware.resolve_dtype(config.model.dtype, device))
+    sampler = Sampler(policy, PromptRenderer(policy.tokenizer, config.prompt), config.rollout)
+    return evaluate(
+        sampler,
+        load_reward(config.reward, task),
+        eval_prompts(config.eval.questions),
+        config.eval,
+        task.answer if task else extract_answer,
+    )
+
+
+def print_result(checkpoint: str, result: EvalResult, seconds: float) -> None:
+    """A small table, then one JSON object on the last line; shares in percent in both."""
+    k = result.samples
+    names = dict(zip(METRICS, (f"Avg@{k}", f"pass@{k}", f"maj@{k}"), strict=True))
+    share = {metric: round(100 * getattr(result, metric), 2) for metric in METRICS}
+    ci95 = {m: [round(100 * end, 2) for end in result.intervals[m]] for m in METRICS}
+    print(f"{checkpoint}: {result.questions} held-out questions x {k} samples, 95 % intervals")
+    for metric, name in names.items():
+        low, high = ci95[metric]
+        print(f"  {name:8} {share[metric]:6.1f} %   ({low:.1f} to {high:.1f})")
+    print(f"  length   {result.mean_length:6.1f} tokens, {result.truncated_share:.1%} truncated")
+    if result.unscored:
+        print(f"  {result.unscored} samples were not scored and are left out")
+    record = {
+        **{name.lower().replace("@", "_at_"): share[metric] for metric, name in names.items()},
+        "ci95": {name.lower().replace("@", "_at_"): ci95[metric] for metric, name in names.items()},
+        "questions": result.questions,
+        "samples": k,
+        "unscored": result.unscored,
+        "mean_length": round(result.mean_length, 2),
+        "truncated_share": round(result.truncated_share, 4),
+        "seconds": round(seconds, 1),
+        "checkpoint": checkpoint,
+    }
+    print(json.dumps(record), flush=True)
+
+
+USAGE = """usage: python -m fastsd.evaluate CHECKPOINT [CONFIG.toml ...] [--section.key VALUE ...]
+
+Avg@k, pass@k and maj@k with 95 % intervals on held-out questions. CHECKPOINT is a folder with a
+Hugging Face model, a model's name, or chain_sum, the shipped base. Without a CONFIG.toml the run's
+own config.resolved.toml is used, and the embedded experiment's settings for the shipped base.
+Often wanted: --eval.questions N, --eval.samples K, --eval.seed N, --eval.temperature T; all
+settings are listed by python -m fastsd.train --help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from fastsd.cli import run_main
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0 if words else 2
+
+    def run() -> None:
+        if words[0].startswith("-"):
+            raise EvaluationError(f"name a checkpoint before the flags; found {words[0]!r} first")
+        start = time.perf_counter()
+        result = evaluate_checkpoint(checkpoint_config(words[0], words[1:]))
+        print_result(words[0], result, time.perf_counter() - start)
+
+    return run_main(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

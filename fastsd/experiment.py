@@ -121,9 +121,7 @@ def _run_child(
 def _summarise(config, run_dir, results, base, where, seconds) -> dict[str, Any]:
     from fastsd.summary import summarise
 
-    summary = summarise(
-        results, base, localisation=where, task=config.data.task, seconds=seconds
-    )
+    summary = summarise(results, base, localisation=where, task=config.data.task, seconds=seconds)
     replace_text(run_dir / "summary.json", json.dumps(summary, indent=2))
     return summary
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastsd.config import Config
-from fastsd.types import Critic, Feedback, FastsdError, Rollout, Task
+from fastsd.types import Critic, FastsdError, Feedback, Rollout, Task
 
 # What the critic may look at, by critic.sees.
 _SEEN = {
@@ -30,19 +30,21 @@ class Condition:
     term and of the GRPO term, unless the configuration sets its own.
     """
 
-    context: Callable[[Rollout, Critic, str], Feedback] | None
+    context: Callable[[Rollout, Critic | None, str], Feedback] | None
     template: str | None
     divergence: float
     policy: float
 
 
-def reference_solution(rollout: Rollout, critic: Critic, sees: str) -> Feedback:
+def reference_solution(rollout: Rollout, critic: Critic | None, sees: str) -> Feedback:
     """The dataset's own solution: somebody else's derivation, the same for the whole group."""
     return Feedback(rollout.prompt.solution)
 
 
-def step_aligned_critique(rollout: Rollout, critic: Critic, sees: str) -> Feedback:
+def step_aligned_critique(rollout: Rollout, critic: Critic | None, sees: str) -> Feedback:
     """The rollout's own trace, right steps verbatim, the first wrong one corrected in place."""
+    if critic is None:
+        raise FastsdError('critic.kind = "rule" needs data.task: only a task brings a rule critic')
     prompt = rollout.prompt
     critique = critic.critique(prompt.question, rollout.text, _SEEN[sees](prompt))
     return Feedback(critique.text, critique.first_error)
@@ -85,7 +87,4 @@ class FeedbackMaker:
 
 def feedback_maker(config: Config, task: Task | None) -> FeedbackMaker:
     """The condition that the configuration names, with its critic."""
-    condition = CONDITIONS[config.condition]
-    if config.condition == "critique" and task is None:
-        raise FastsdError('critic.kind = "rule" needs data.task: only a task brings a rule critic')
-    return FeedbackMaker(condition, task, config)
+    return FeedbackMaker(CONDITIONS[config.condition], task, config)

@@ -49,7 +49,7 @@ def teacher_trees(samples: Sequence[Sample]) -> list[TokenTree]:
     """The same for the self-teacher. Every sample must have teacher_ids."""
     trees = []
     for group in _groups(samples):
-        prompts = [sample.teacher_ids for sample in group]
+        prompts = [sample.teacher_ids or () for sample in group]
         prefix = common_prefix(prompts)
         branches = tuple(
             Branch(prompt[len(prefix) :], sample.rollout.response_ids)
@@ -63,7 +63,7 @@ def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The longest common prefix of the sequences."""
     shortest, longest = min(sequences), max(sequences)
     length = next(
-        (i for i, (a, b) in enumerate(zip(shortest, longest)) if a != b),
+        (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),
         min(len(shortest), len(longest)),
     )
     return shortest[:length]

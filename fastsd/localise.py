@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastsd_kernels import fused_linear_statistics
 
 from fastsd.advantage import Localisation, localisation, token_spans
 from fastsd.feedback import CONDITIONS
 from fastsd.layout import Sample, micro_batches, student_trees, teacher_trees
 from fastsd.session import Session
 from fastsd.types import Rollout
+from fastsd_kernels import fused_linear_statistics
 
 QUESTIONS = 64
 SAMPLES = 4

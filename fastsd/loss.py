@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from fastsd_kernels import fused_linear_loss
-from fastsd_kernels.loss_head import LossHeadOutput
 from torch import Tensor
 
 from fastsd.feedback import FeedbackMaker
 from fastsd.layout import Sample
 from fastsd.types import StepMetrics
+from fastsd_kernels import fused_linear_loss
+from fastsd_kernels.loss_head import LossHeadOutput
 
 if TYPE_CHECKING:
     from fastsd.session import Session
@@ -87,9 +87,7 @@ def loss_head(
     if weights.entropy:
         ones = [1.0] * len(samples)
         options["entropy_weight_T"] = _per_token(ones, samples, device) * weights.entropy
-    return fused_linear_loss(
-        student_TD, policy.head_VD, target_T, impl=config.loss.impl, **options
-    )
+    return fused_linear_loss(student_TD, policy.head_VD, target_T, impl=config.loss.impl, **options)
 
 
 def _per_token(values: Sequence[float], samples: Sequence[Sample], device) -> Tensor:

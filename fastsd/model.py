@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,13 +172,13 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
     path = model_path(config.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention.NAME
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
     refuse_unsupported(model.config)
-    model.to(device).eval()
+    model = model.to(device).eval()
     _switch_dropout_off(model)
     if config.lora is not None:
         model = _add_lora(model, config.lora)
@@ -231,7 +232,7 @@ def _switch_dropout_off(model) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
 def _add_lora(model, config: LoraConfig):
@@ -242,7 +243,7 @@ def _add_lora(model, config: LoraConfig):
         raise ModelError("model.lora needs peft: pip install 'fastsd[lora]'") from error
     peft_config = PeftConfig(
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         target_modules=list(config.target_modules),
         lora_dropout=0.0,
         bias="none",

@@ -19,8 +19,8 @@ class PhaseClock:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._tokens = dict.fromkeys(PHASES, 0)
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._tokens: dict[str, int] = dict.fromkeys(PHASES, 0)
 
     @contextlib.contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:

@@ -68,7 +68,7 @@ class Recorder:
         )
 
     def stopped(self, session: Session, stop: BaseException) -> None:
-        """An interrupted run is saved as of its last whole update; other errors keep what is saved."""
+        """An interrupted run is saved as of its last whole update."""
         if isinstance(stop, Interrupted):
             path = session.save()
             self.say(f"{self.label}: {stop} after update {session.step}, saved {path}")
@@ -116,11 +116,9 @@ def run_facts(session: Session, argv: Sequence[str]) -> dict[str, Any]:
 
 def implementations(session: Session) -> dict[str, str]:
     """Which implementation of each operation this run uses."""
-    from fastsd_kernels.loss_head import implementation_name
-
     policy = session.policy
     return {
-        "loss_head": implementation_name(session.config.loss.impl),
+        "loss_head": session.loss_head,
         "attention": "torch sdpa, " + ("shared prefix" if policy.shares_prefixes else "full rows"),
         "sampler": "in-process, shared prefix",
         "device": str(policy.device),

@@ -151,13 +151,15 @@ class PromptRenderer:
         )
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Encodes `text`; where an added token would come out, splits inside it and encodes anew."""
+        """Ids of `text`; where an added token would come out, splits inside it and starts anew."""
         if not text:
             return []
         encoded = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
-        for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        for token_id, (start, end) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
             if token_id in self._special_ids:
                 if end - start < 2:
                     return self._encode_plain(text[:start] + "\ufffd" + text[end:])

@@ -13,6 +13,7 @@ summary.json (a crash) is compared from the evaluations that exist.
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -148,12 +149,12 @@ def _warnings(run: Run) -> list[str]:
 
 def _environment() -> Any:
     import jinja2
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
 
     def markdown(value: object) -> Markup:
-        """Text as text in a Markdown table cell: HTML escaped, Markdown's signs backslashed."""
-        line = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", " ".join(str(value).split()))
-        return Markup(escape(line))
+        """Text as text in a Markdown line: HTML escaped, Markdown's own signs backslashed."""
+        line = html.escape(" ".join(str(value).split()), quote=False)
+        return Markup(re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", line))
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -193,7 +194,7 @@ def write_report(run_dir: Path | str) -> Path:
     if summary and summary.get("seconds"):
         facts.append(f"{summary['seconds']:.0f} s in all")
     page = _environment().get_template("report.html.j2")
-    html = page.render(
+    text = page.render(
         **_tables(run),
         title=run.folder.name,
         subtitle=" · ".join(facts),
@@ -206,7 +207,7 @@ def write_report(run_dir: Path | str) -> Path:
         samples=_samples(run),
     )
     path = run.folder / "report.html"
-    replace_text(path, html)
+    replace_text(path, text)
     return path
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsd.advantage import Localisation
 from fastsd.evaluate import EvalResult
 from fastsd.summary import summarise
 from fastsd.types import FastsdError, Rollout
@@ -197,7 +198,7 @@ def read_run(run_dir: Path | str) -> Run:
             )
         children = {config.get("condition", folder.name): [folder]}
     path = folder / "summary.json"
-    summary = read_json(path) if path.exists() else _summary_of(children, config)
+    summary = read_json(path) if path.exists() else _summary_of(folder, children, config)
     return Run(folder, children, summary, config)
 
 
@@ -223,7 +224,9 @@ def _config(folder: Path, children: Sequence[Path]) -> dict[str, Any]:
     return {}
 
 
-def _summary_of(children: Mapping[str, Sequence[Path]], config: Mapping) -> dict[str, Any] | None:
+def _summary_of(
+    folder: Path, children: Mapping[str, Sequence[Path]], config: Mapping
+) -> dict[str, Any] | None:
     """The comparison from what the children evaluated; None before there is a first and a last."""
     runs = {name: [read_evaluations(path) for path in paths] for name, paths in children.items()}
     whole = {name: [one for one in seeds if len(one) > 1] for name, seeds in runs.items()}
@@ -231,4 +234,8 @@ def _summary_of(children: Mapping[str, Sequence[Path]], config: Mapping) -> dict
     bases = [one[0][1] for seeds in whole.values() for one in seeds if one[0][0] == 0]
     if not finals or not bases:
         return None
-    return summarise(finals, bases[0], task=config.get("data", {}).get("task"))
+    found = folder / "localisation.json"
+    records = read_json(found) if found.exists() else {}
+    places = {name: Localisation.from_json(record) for name, record in records.items()}
+    task = config.get("data", {}).get("task")
+    return summarise(finals, bases[0], localisation=places, task=task)

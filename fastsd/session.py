@@ -32,8 +32,9 @@ from fastsd.rollout import Sampler
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
-from fastsd.types import CheckpointError, Feedback, FastsdError, Rollout, Task
+from fastsd.types import CheckpointError, FastsdError, Feedback, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
+from fastsd_kernels.loss_head import implementation_name
 
 # Settings that a resumed run may change: none of them moves a weight.
 _FREE_ON_RESUME = ("run", "resume", "seeds", "threads", "checkpoint", "eval")
@@ -63,6 +64,7 @@ class Session:
         self.reward = load_reward(config.reward, self.task)
         self.policy = load_policy(config.model, device, dtype)
         self.renderer = PromptRenderer(self.policy.tokenizer, config.prompt)
+        self.loss_head = _loss_head(config.loss.impl)
         self.sampler = Sampler(self.policy, self.renderer, config.rollout)
         self.maker = feedback_maker(config, self.task)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
@@ -120,7 +122,7 @@ class Session:
         return samples
 
     def teacher_hidden(self, batch: Sequence[Sample], like_TD: torch.Tensor) -> torch.Tensor | None:
-        """The teacher's rows for a micro-batch, zeros where a sample has none; None if all lack one."""
+        """The teacher's rows for a micro-batch: zeros for a sample without one, None if all are."""
         taught = [sample for sample in batch if sample.teacher_ids is not None]
         if self.teacher is None or not taught:
             return None
@@ -188,7 +190,12 @@ class Session:
         }
         with self.gate.closed():
             return checkpoint.save_checkpoint(
-                self.run_dir, self.step, self.policy.save, tensors, state, self.config.checkpoint.keep
+                self.run_dir,
+                self.step,
+                self.policy.save,
+                tensors,
+                state,
+                self.config.checkpoint.keep,
             )
 
     def restore(self) -> bool:
@@ -226,6 +233,14 @@ class Session:
         prompts = self.train_data.take(self.cursor - count, count, self.config.seed)
         by_id = {prompt.id: prompt for prompt in prompts}
         return [_sample_from_json(record, by_id[record["prompt"]]) for record in records]
+
+
+def _loss_head(impl: str) -> str:
+    """The loss head that will run; an implementation that is not here is the user's to change."""
+    try:
+        return implementation_name(impl)
+    except (NotImplementedError, ValueError) as error:
+        raise FastsdError(f"loss.impl: {error}") from error
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

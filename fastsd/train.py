@@ -43,7 +43,7 @@ def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
 
 
 def update(session: Session, samples: Sequence[Sample]) -> StepStatistics:
-    """One optimizer step on `samples`. Nothing that a resume needs changes before its last block."""
+    """One optimizer step on `samples`. All that a resume needs changes in the last block only."""
     from fastsd.layout import micro_batches, student_trees
     from fastsd.loss import StepStatistics, TokenWeights, loss_head
 

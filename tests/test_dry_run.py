@@ -39,5 +39,8 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
         shared, _, rest = output.partition("student goes on:")
         student, _, teacher = rest.partition("teacher goes on:")
         assert "What is" in shared and "<think>\n\n</think>" in student
-        assert "Here is a worked solution" in teacher and "</think>" not in teacher.split("longest row")[0]
+        assert (
+            "Here is a worked solution" in teacher
+            and "</think>" not in teacher.split("longest row")[0]
+        )
     assert {p.name for p in tmp_path.iterdir()} == {"qwen3", "train.jsonl", "eval.jsonl"}

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from fastsd.config import EvalConfig
 from fastsd.evaluate import (
     EvalResult,
+    checkpoint_config,
+    evaluate,
+    main,
+    paired_difference,
+    pooled_interval,
+    tabulate,
+)
+from fastsd.scores import (
     EvaluationError,
     avg_at_k,
     bootstrap_interval,
     maj_at_k,
     majority_by_question,
-    paired_difference,
     pass_at_k,
     pass_by_question,
     pool_seeds,
-    pooled_interval,
-    tabulate,
 )
 from fastsd.types import Prompt, Rollout
 
@@ -75,6 +83,7 @@ def test_majority_ties_are_the_mean_in_any_order():
 
 def test_majority_leaves_out_what_was_not_scored():
     assert maj_at_k([["3", "3", "7"]], [[None, None, 1]]) == 1.0
+    assert maj_at_k([["", "", "7"]], [[0, 0, 1]]) == 1.0
     assert np.isnan(majority_by_question([["3"]], [[None]])).all()
 
 
@@ -170,3 +179,75 @@ def test_tabulate_refuses_rollouts_out_of_order():
         tabulate(rollouts[:3], [0.0] * 3, ["1"] * 3, 2)
     with pytest.raises(EvaluationError, match="twice"):
         tabulate(rollouts[:2] * 2, [0.0] * 4, ["1"] * 4, 2)
+
+
+class ScriptedSampler:
+    """Answers "4" or "5" by turns and remembers how it was called."""
+
+    def sample(self, prompts, samples, key, temperature=None):
+        self.call = (samples, key, temperature)
+        texts = [(prompt, k, "45"[k % 2]) for prompt in prompts for k in range(samples)]
+        return [Rollout(p, k, (1, 2), (0.0, 0.0), text, False) for p, k, text in texts]
+
+
+def test_evaluate_scores_what_the_sampler_answers():
+    def reward(prompts, completions, answer, **_):
+        texts = [completion[0]["content"] for completion in completions]
+        return [float(t == a) for t, a in zip(texts, answer, strict=True)]
+
+    question = ({"role": "user", "content": "2+2"},)
+    prompts = [Prompt("a", question, answer="4"), Prompt("b", question, answer="6")]
+    sampler = ScriptedSampler()
+    config = EvalConfig(samples=3, temperature=0.7, seed=5)
+    result = evaluate(sampler, reward, prompts, config, str)
+    assert sampler.call == (3, (5,), 0.7)
+    assert result.correct_QK == [[1, 0, 1], [0, 0, 0]]
+    assert (result.maj_at_k, result.pass_at_k) == (0.5, 0.5)
+
+
+def test_a_checkpoint_is_evaluated_with_its_runs_settings(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-10"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "config.resolved.toml").write_text(
+        '[model]\nname = "old"\nlora = {r = 2}\n'
+        '[data]\ntask = "word_problems"\n[eval]\nsamples = 5\n'
+    )
+    config = checkpoint_config(str(folder), ["--eval.questions", "9"])
+    assert (config.model.name, config.model.lora) == (str(folder), None)
+    assert config.data.task == "word_problems"
+    assert (config.eval.samples, config.eval.questions) == (5, 9)
+    other = tmp_path / "other.toml"
+    other.write_text('[data]\ntask = "chain_sum"\n')
+    assert checkpoint_config(str(folder), [str(other)]).eval.samples == EvalConfig().samples
+
+
+def test_a_checkpoint_without_settings_is_refused(tmp_path, capsys):
+    assert main([str(tmp_path / "a" / "b" / "checkpoint-1")]) == 2
+    assert "data.task" in capsys.readouterr().err
+    assert main(["--eval.questions", "4"]) == 2
+    assert "before the flags" in capsys.readouterr().err
+
+
+def test_the_shipped_base_is_evaluated_by_name(capsys):
+    flags = ["--eval.questions", "12", "--eval.samples", "4"]
+    assert main(["chain_sum", *flags]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    record = json.loads(last)
+    assert table[0].startswith("chain_sum: 12 held-out questions x 4 samples")
+    assert {"avg_at_4", "pass_at_4", "maj_at_4", "ci95", "seconds"} <= set(record)
+    # the base is around 30 %; 12 questions of 4 samples leave a wide margin
+    assert 0 < record["avg_at_4"] < 75
+    low, high = record["ci95"]["avg_at_4"]
+    assert low <= record["avg_at_4"] <= high
+    assert main(["chain_sum", *flags]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {**again, "seconds": 0} == {**record, "seconds": 0}
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys; from fastsd.evaluate import main; main(['--help']);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m fastsd.evaluate")

@@ -250,7 +250,7 @@ def test_model_card_escapes_html_markdown_and_yaml(tmp_path):
     assert card == tmp_path / "README.md"
     text = card.read_text(encoding="utf-8")
     assert "<script" not in text and "<img" not in text
-    assert "\\[link\\]\\(javascript" in text and "\n# title" not in text
+    assert "\\[link\\](javascript" in text and "\n# title" not in text
     front, body = text.split("---\n")[1:3]
     assert "license" not in front and "base_model" not in front
     assert 'from_pretrained("checkpoint-3")' in body and str(tmp_path) not in text
@@ -283,6 +283,8 @@ def test_an_unfinished_comparison_uses_the_evaluations_there_are(tmp_path):
     (tmp_path / "summary.json").unlink()
     page = Page(write_report(tmp_path).read_text())
     assert "critique − grpo" in page.text and "Where the teacher" not in page.text
+    (tmp_path / "localisation.json").write_text(json.dumps({"critique": FOUND.to_json()}))
+    assert "Where the teacher" in Page(write_report(tmp_path).read_text()).text
     assert "critique − grpo" in finished and "Where the teacher" in finished
 
 

@@ -68,7 +68,9 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     run = run_small(small_config("critique", optim={"steps": 1}), tmp_path / "run")
     other = small_config("critique", resume="auto", optim={"steps": 1, "lr": 1.0})
-    with pytest.raises(CheckpointError, match=r"cannot resume .*\[optim\] was .*0.0003.* and is .*1.0"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot resume .*\[optim\] was .*0.0003.* and is .*1.0"
+    ):
         Session(other, run).restore()
 
 
@@ -88,7 +90,16 @@ def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(tmp_path
 def launch(run_dir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "fastsd.train", "--run", str(run_dir), "--resume", "auto"]
     small = [
-        *("--condition", "critique", "--seeds", "1", "--optim.steps", "12", "--checkpoint.every", "1"),
+        *(
+            "--condition",
+            "critique",
+            "--seeds",
+            "1",
+            "--optim.steps",
+            "12",
+            "--checkpoint.every",
+            "1",
+        ),
         *("--teacher.kind", "ema", "--rollout.steps-per-batch", "2", "--checkpoint.keep", "50"),
         *("--rollout.prompts-per-step", "4", "--eval.questions", "2", "--eval.samples", "2"),
     ]

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from fastsd_kernels.sampling import sample_tokens
 from tiny_models import build_tiny_llama, build_tiny_qwen3
 
 from fastsd.config import ModelConfig, PromptConfig, RolloutConfig
@@ -11,6 +10,7 @@ from fastsd.model import load_policy
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
 from fastsd.types import Branch, FastsdError, Prompt, TokenTree
+from fastsd_kernels.sampling import sample_tokens
 
 QUESTIONS = ["What is 3 + 4?", "Tom has 12 apples and finds 7.", "x", "Now solve the problem. " * 3]
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": q},)) for i, q in enumerate(QUESTIONS)]
@@ -29,7 +29,9 @@ def policy(request, tmp_path_factory):
 def sampler(policy, **options):
     # Random models rarely stop: let every letter end a response, so that lengths differ.
     options = {"max_new_tokens": 24, "stop": list("abcdefghijklmnop"), **options}
-    return Sampler(policy, PromptRenderer(policy.tokenizer, PromptConfig()), RolloutConfig(**options))
+    return Sampler(
+        policy, PromptRenderer(policy.tokenizer, PromptConfig()), RolloutConfig(**options)
+    )
 
 
 def test_same_rollouts_whatever_the_batching(policy):
@@ -40,7 +42,9 @@ def test_same_rollouts_whatever_the_batching(policy):
     ids = [r.response_ids for r in together]
     assert [r.response_ids for r in small] == ids == [r.response_ids for r in alone]
     assert [r.response_ids for r in fewer] == [r.response_ids for r in together if r.sample < 2]
-    assert [(r.prompt.id, r.sample) for r in together] == [(p.id, s) for p in PROMPTS for s in range(5)]
+    assert [(r.prompt.id, r.sample) for r in together] == [
+        (p.id, s) for p in PROMPTS for s in range(5)
+    ]
     assert len({len(i) for i in ids}) > 1, "lengths must differ, or compaction is not tested"
     other = sampler(policy).sample(PROMPTS, 5, key=(1, 3))
     assert [r.response_ids for r in other] != ids
@@ -147,6 +151,10 @@ def test_zero_mass_is_never_drawn():
     ],
 )
 def test_sample_tokens_refuses(change, message):
-    arguments = {"hidden_BD": torch.ones(2, 4), "head_VD": torch.ones(5, 4), "uniform_B": torch.ones(2) / 2}
+    arguments = {
+        "hidden_BD": torch.ones(2, 4),
+        "head_VD": torch.ones(5, 4),
+        "uniform_B": torch.ones(2) / 2,
+    }
     with pytest.raises(ValueError, match=message):
         sample_tokens(**{**arguments, **change})

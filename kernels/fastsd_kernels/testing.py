@@ -63,7 +63,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 class WorkMeter(TorchDispatchMode):
-    """Within it: FLOP of matrix products, and the largest tensor any operator returned."""
+    """Within it: FLOP of matrix products, and bytes of the largest tensor any operator returned."""
 
     _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::matmul")
 
@@ -71,7 +71,7 @@ class WorkMeter(TorchDispatchMode):
         super().__init__()
         self.product_flop = 0
         self.products = 0
-        self.largest = 0
+        self.largest_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -80,6 +80,6 @@ class WorkMeter(TorchDispatchMode):
             self.products += 1
             self.product_flop += 2 * prod(left.shape) * right.shape[-1]
         outputs = result if isinstance(result, (tuple, list)) else (result,)
-        sizes = [x.numel() for x in outputs if isinstance(x, Tensor)]
-        self.largest = max([self.largest, *sizes])
+        sizes = [x.nbytes for x in outputs if isinstance(x, Tensor)]
+        self.largest_bytes = max([self.largest_bytes, *sizes])
         return result

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import build_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsd.config import Config, PromptConfig
@@ -21,7 +22,6 @@ from fastsd.tasks import smollm2
 from fastsd.tasks.smollm2 import Health, SmolLM2Error
 from fastsd.tasks.word_author import Author
 from fastsd.tasks.word_problems import HINT_TEMPLATE, WordProblems
-from tests.tiny_models import build_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 HEALTHY = Health(solves=0.3, believes=0.9, knows=0.95, obeys=0.97, form=0.99)

@@ -33,15 +33,18 @@ class Products:
         self._mixed_cuda = low and student.device.type == "cuda"
         self._mixed_cpu = low and student.device.type == "cpu" and _cpu_has_bf16()
         store = student.dtype if self._mixed_cuda else wide
-        self._head, self._student = head.to(store), student.to(store)
+        # Contiguous: equal hidden states then take the same path through the GEMM, bit for bit.
+        self._head, self._student = head.to(store), student.to(store).contiguous()
         self._narrow_head = head if self._mixed_cpu else self._head
         self._hidden, self._heads = [self._student], [self._head]
         if teacher is not None:
-            self._hidden.append(teacher.to(store))
+            self._hidden.append(teacher.to(store).contiguous())
             self._heads.append(self._head if teacher_head is None else teacher_head.to(store))
         self._bias = None if bias is None else bias.to(wide)
         self._types = student.dtype, head.dtype, None if bias is None else bias.dtype
-        self._d_student = student.new_empty(student.shape) if wanted[0] else None
+        self._d_student = (
+            torch.empty_like(self._student, dtype=student.dtype) if wanted[0] else None
+        )
         self._d_head = head.new_zeros(head.shape, dtype=wide) if wanted[1] else None
         self._d_bias = bias.new_zeros(bias.shape, dtype=wide) if wanted[2] else None
 

@@ -115,8 +115,8 @@ def vocabulary_divergence(
     if gradient:
         in_buckets_TK = found.gradient_TK
         if options.tail:
-            # The tail's gradient goes to its members by their share of the tail.
-            share_TV = torch.sub(l_s_TV, rest_s_T1, out=spare[0]).clamp_(max=0).exp_()
+            # The tail's gradient goes to its members by their share of it; the k are written over.
+            share_TV = torch.sub(l_s_TV, rest_s_T1, out=spare[0]).exp_()
             found.gradient_TK = share_TV.mul_(in_buckets_TK[:, -1:])
             in_buckets_TK = in_buckets_TK[:, :-1]
         else:
