@@ -149,7 +149,7 @@ def tabulate(
 
 def evaluate(
     sampler: Any,
-    reward_fn: Callable[..., Sequence[float | None]],
+    reward_fn: Callable[..., list[float | None]],
     prompts: list[Prompt],
     config: EvalConfig,
     answer_of: Callable[[str], str | None],

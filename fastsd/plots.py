@@ -25,7 +25,7 @@ OTHER_STYLE = ("#3aa655", "-.")
 LABEL = 32  # characters of a name that fit a legend
 INK = "#010203"  # stands for the page's text colour; replaced by currentColor
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",

@@ -44,7 +44,6 @@ from fastsd.summary import (
     score_rows,
     summarise,
 )
-from fastsd.types import FastsdError
 
 __all__ = [
     "CompletionRow",
@@ -102,8 +101,8 @@ def _localisation_figures(summary: Mapping[str, Any] | None) -> list[str]:
     if not summary or not summary["localisation"]:
         return []
     places = ("before", "at", "after", "correct")
-    labels = ("before", "first wrong step", "after", "all-correct responses")
-    means = {
+    labels: Sequence[str] = ("before", "first wrong step", "after", "correct responses")
+    means: dict[str, dict[str, float | None]] = {
         context: dict(zip(labels, (one["mean_abs"][p] for p in places), strict=True))
         for context, one in summary["localisation"].items()
     }
@@ -258,17 +257,14 @@ DESCRIPTIONS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from fastsd.cli import run_main
+
     parser = argparse.ArgumentParser(
-        prog="python -m fastsd.report", description=__doc__.split("\n")[0]
+        prog="python -m fastsd.report", description="Writes RUN/report.html from the run's files."
     )
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", metavar="RUN", help="run folder")
     arguments = parser.parse_args(argv)
-    try:
-        print(write_report(arguments.run))
-    except FastsdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_main(lambda: print(write_report(arguments.run)))
 
 
 if __name__ == "__main__":

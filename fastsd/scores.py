@@ -63,13 +63,15 @@ def pass_by_question(correct_QK: Table, k: int | None = None) -> np.ndarray:
     With n < k (samples that were not scored) all n are used: a lower bound. NaN where n = 0.
     """
     matrix_QK = _matrix(correct_QK)
-    k = matrix_QK.shape[1] if k is None else k
-    if not 1 <= k <= matrix_QK.shape[1]:
-        raise EvaluationError(f"pass@k needs 1 <= k <= {matrix_QK.shape[1]} samples; found k = {k}")
+    most = matrix_QK.shape[1]
+    wanted = most if k is None else k
+    if not 1 <= wanted <= most:
+        raise EvaluationError(f"pass@k needs 1 <= k <= {most} samples; found k = {k}")
 
     def one(row_K: np.ndarray) -> float:
         n, c = int((~np.isnan(row_K)).sum()), int(np.nansum(row_K))
-        return 1.0 - math.comb(n - c, min(k, n)) / math.comb(n, min(k, n)) if n else math.nan
+        drawn = min(wanted, n)
+        return 1.0 - math.comb(n - c, drawn) / math.comb(n, drawn) if n else math.nan
 
     return np.array([one(row_K) for row_K in matrix_QK])
 
@@ -79,9 +81,9 @@ def majority_by_question(
 ) -> np.ndarray:
     """Is the most frequent answer right? float64 [Q]; NaN where nothing was scored.
 
-    Votes are equal strings, as extracted; samples without an answer (None, empty) or a score have no vote, and a
-    scored question without votes is wrong. Ties count as the mean over the tied answers: what a
-    coin would give on average, whatever the order of the samples.
+    Votes are equal strings, as extracted; samples without an answer (None, empty) or without a
+    score have no vote, and a scored question without votes is wrong. Ties count as the mean over
+    the tied answers: what a coin would give on average, whatever the order of the samples.
     """
     matrix_QK = _matrix(correct_QK)
     if [len(row) for row in answers_QK] != [matrix_QK.shape[1]] * matrix_QK.shape[0]:

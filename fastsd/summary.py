@@ -25,15 +25,15 @@ GENERAL_LIMITS = (
 
 TASK_LIMITS = {
     "chain_sum": (
-        "The teacher is a frozen copy of the base. With a live teacher the reference condition "
-        "collapses and comes last.",
+        "The order of the conditions is that of a frozen teacher, a copy of the base. With a live "
+        "teacher the reference condition collapses and comes last.",
         "The budget is fixed and small: GRPO with a learning rate of 1e-3 closes most of the gap, "
         "so this compares speed of learning, not where each condition ends.",
         "Part of the critique's lead is not its phrasing: its steps after the first error are "
         "judged on the attempt's own numbers, which the reference cannot do.",
-        "The base matters: two of four trial bases came out unhealthy (53 % valid left sides) and "
-        "reversed the order. The shipped base passed a gate: valid left sides at least 0.97, hint "
-        "loss at most 0.09.",
+        "The base matters: two of four trial bases came out unhealthy (53 % valid left sides), and "
+        "on such a base the order breaks. The shipped base passed a gate: valid left sides at least "
+        "0.97, hint loss at most 0.09.",
         "The task is synthetic and the model has 0.24 M parameters, taught to use hints and to "
         "hold wrong beliefs; held-out questions share their 256 facts with the training questions.",
     ),

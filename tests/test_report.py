@@ -191,7 +191,7 @@ def test_tables_show_scores_differences_localisation_and_limits():
     assert row.split() == "critique 0.100 1.500 0.500 5.000 90.0 % 93.3 % 25.0 %".split()
     # names are text, not markup; what was not measured is a dash, not a zero
     assert re.search(r"\[red\]x +–", text)
-    assert "With a live teacher" in " ".join(text.split())
+    assert "live teacher the reference" in " ".join(text.split())
     assert console_table(summarise({}, BASE)) is not None
 
 
@@ -201,7 +201,7 @@ def test_report_shows_the_run(tmp_path):
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     text = page.text
     assert "33.3 (8.3 to" in text and "critique − grpo" in text and "2 seeds each" in text
-    assert "With a live teacher" in text and "Limits of this result" in text
+    assert "live teacher the reference" in text and "Limits of this result" in text
     # Avg@k, reward, entropy, length, and the localisation bars; no divergence was logged
     labels = [
         value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"
@@ -254,7 +254,7 @@ def test_model_card_escapes_html_markdown_and_yaml(tmp_path):
     front, body = text.split("---\n")[1:3]
     assert "license" not in front and "base_model" not in front
     assert 'from_pretrained("checkpoint-3")' in body and str(tmp_path) not in text
-    assert "optim.lr" in body and "With a live teacher" in body
+    assert "optim.lr" in body and "live teacher the reference" in body
     header = body[body.index("| condition | Avg") :].splitlines()
     assert {line.count("|") for line in header[:5]} == {6}
     with pytest.raises(RunFolderError, match="checkpoint folder's name"):

@@ -63,8 +63,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
                 initializer_range=0.08,
                 tie_word_embeddings=True,
                 bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=SPECIALS.index(EOS),
+                pad_token_id=SPECIALS.index(PAD),
             )
         )
     model.generation_config.do_sample = True

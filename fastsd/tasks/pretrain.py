@@ -19,8 +19,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,10 @@ from fastsd.types import TrainingDiverged
 Example = tuple[Sequence[int], Sequence[int]]
 
 
-def completion_loss(model: torch.nn.Module, batch: Sequence[Example]) -> torch.Tensor:
+def completion_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
     """Mean cross entropy (float32 scalar) over all completion tokens of (prompt, completion) ids.
 
+    model: a causal language model of transformers, whose types say less than the code knows.
     Examples are padded on the right and attention is causal, so padding needs no mask: no real
     token sees it. Logits exist for the rows that predict a completion token only.
     """
@@ -64,7 +66,7 @@ def flat_then_linear(steps: int, floor: float = 0.05) -> Callable[[int], float]:
 
 
 def fit(
-    model: torch.nn.Module,
+    model: Any,
     batches: Iterable[Sequence[Example]],
     *,
     lr: float,
@@ -184,7 +186,7 @@ def measure(model, tokenizer, author: Author, questions: int = 128, samples: int
     return Health(
         valid_left_sides=sum(valid) / len(valid),
         hint_loss=completion_loss(model, hinted).item(),
-        avg_at_12=sum(task.reward(asked, responses)) / len(asked),
+        avg_at_12=task.reward(asked, responses).count(1.0) / len(asked),
     )
 
 
@@ -222,7 +224,7 @@ def pretrain(out: Path, recipe: Recipe, gate: HealthGate, max_seeds: int) -> boo
     """
     tried = []
     for seed in range(recipe.seed, recipe.seed + max_seeds):
-        this = Recipe(**(asdict(recipe) | {"seed": seed}))
+        this = replace(recipe, seed=seed)
         print(f"seed {seed}", flush=True)
         start = time.perf_counter()
         model, tokenizer, health = train_base(this, log=lambda line: print(line, flush=True))

@@ -7,6 +7,15 @@ triton nor transformers. Tensors in, tensors out; no trainer types.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .loss_head import (
+        LossHeadOutput,
+        LossHeadStatistics,
+        fused_linear_loss,
+        fused_linear_statistics,
+    )
 
 _HOME = {
     "fused_linear_loss": "loss_head",

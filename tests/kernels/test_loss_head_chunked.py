@@ -248,6 +248,19 @@ def test_teacher_with_its_own_wider_head():
     assert wide["student_TD"].grad is None and wide["head_VD"].grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_head_named_twice_is_one_head(dtype):
+    x = loss_head_inputs(20, 16, 63, dtype)
+    once = evaluate(x, "chunked")
+    with WorkMeter() as meter:
+        out = fused_linear_loss(**x, teacher_head_VD=x["head_VD"].detach())
+    assert torch.equal(out.loss, once["loss"]) and torch.equal(
+        out.divergence_T, once["divergence_T"]
+    )
+    out.loss.backward()
+    assert torch.equal(x["head_VD"].grad, once["d head_VD"]) and meter.products == 4
+
+
 def test_strided_inputs():
     x = loss_head_inputs(20, 16, 63)
     exact = evaluate(x, "reference")

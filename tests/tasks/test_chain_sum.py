@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import random
+import tomllib
+from importlib import resources
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsd.config import Config
 from fastsd.tasks import TaskError, load_task
+from fastsd.tasks.author import Author
 from fastsd.tasks.chain_sum import (
     DIGITS,
     ChainSum,
@@ -232,6 +237,18 @@ def test_options():
         load_task("chain_sum", critic_variant="global")
     with pytest.raises(TaskError, match="reference_phrasing: 'theirs'"):
         load_task("chain_sum", reference_phrasing="theirs")
+
+
+def test_the_experiment_asks_as_the_base_was_taught():
+    """chain_sum.toml is a valid configuration, and its teacher sees a hint where the author had."""
+    with resources.files("fastsd.tasks").joinpath("chain_sum.toml").open("rb") as file:
+        config = Config(**tomllib.load(file))
+    assert (config.model.name, config.data.task) == ("chain_sum", "chain_sum")
+    load_task(config.data.task, critic_variant=config.critic.variant, **config.data.task_options)
+    (user_turn, _), *_ = Author(0).examples(1, random.Random(0), hinted=True)
+    question, hint = user_turn[:4], user_turn[5:]
+    for template in (config.prompt.reference_template, config.prompt.critique_template):
+        assert template.format(question=question, feedback=hint) == user_turn
 
 
 def test_base_path_is_in_the_package():

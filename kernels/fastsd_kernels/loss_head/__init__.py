@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,9 @@ def _prepared(inputs: Inputs, unit_divergence: bool) -> Inputs:
     """Constants detached and in the statistics' dtype, matrices in the autocast dtype if any."""
     device = inputs.student_TD.device.type
     values = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
+    own = inputs.teacher_head_VD
+    if own is not None and own.is_set_to(inputs.head_VD):
+        values["teacher_head_VD"] = None  # the same memory: widened and read once
     if torch.is_autocast_enabled(device):
         for name in ("student_TD", "head_VD", "teacher_TD", "teacher_head_VD"):
             if values[name] is not None:
@@ -207,7 +211,7 @@ def _keep(inputs: Inputs, mask_T: Tensor | None) -> tuple[Inputs, Tensor | None]
     return Inputs(**values), rows_T
 
 
-def _spread(found: RowStatistics, rows_T: Tensor | None, total: int) -> dict[str, Tensor | None]:
+def _spread(found: RowStatistics, rows_T: Tensor | None, total: int) -> dict[str, Any]:
     """Statistics back at their rows among all; 0 elsewhere."""
     values = {field.name: getattr(found, field.name) for field in fields(RowStatistics)}
     if rows_T is None:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .contract import Inputs, Options, RowStatistics
 from .products import Products
-from .tile import row_tile
+from .tile import Rows, row_tile
 
 # Bytes of logits scratch, and logits in one tile of the row mathematics, by device type.
 SCRATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -103,15 +103,14 @@ def _for_device(table: dict[str, int], device: torch.device) -> int:
     return table["cpu" if device.type == "cpu" else "cuda"]
 
 
-_BY_ROW = (
-    "target_T",
-    "divergence_weight_T",
-    "policy_weight_T",
-    "old_logprob_T",
-    "entropy_weight_T",
-)
+def _rows(inputs: Inputs, first: int, last: int) -> Rows:
+    def span(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[first:last]
 
-
-def _rows(inputs: Inputs, first: int, last: int) -> dict[str, Tensor | None]:
-    values = {name: getattr(inputs, name) for name in _BY_ROW}
-    return {name: None if x is None else x[first:last] for name, x in values.items()}
+    return Rows(
+        inputs.target_T[first:last],
+        span(inputs.divergence_weight_T),
+        span(inputs.policy_weight_T),
+        span(inputs.old_logprob_T),
+        span(inputs.entropy_weight_T),
+    )

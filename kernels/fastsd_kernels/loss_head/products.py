@@ -42,11 +42,12 @@ class Products:
             self._heads.append(self._head if teacher_head is None else teacher_head.to(store))
         self._bias = None if bias is None else bias.to(wide)
         self._types = student.dtype, head.dtype, None if bias is None else bias.dtype
-        self._d_student = (
-            torch.empty_like(self._student, dtype=student.dtype) if wanted[0] else None
-        )
+        rows, width = student.shape
+        self._d_student = student.new_empty(rows, width) if wanted[0] else None
         self._d_head = head.new_zeros(head.shape, dtype=wide) if wanted[1] else None
-        self._d_bias = bias.new_zeros(bias.shape, dtype=wide) if wanted[2] else None
+        self._d_bias = None
+        if wanted[2] and self._bias is not None:
+            self._d_bias = torch.zeros_like(self._bias)
 
     def project(self, logits: list[Tensor], start: int, stop: int) -> None:
         """logits[stream] <- h[start:stop] W^T + b. Equal streams give equal bits."""
@@ -109,7 +110,7 @@ def _bf16_arithmetic(enabled: bool):
     if not enabled:
         yield
         return
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -3,8 +3,8 @@
     z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature     l = log_softmax(z)
     loss = sum_t [ w_div D_t + P_t - w_ent H_t ]
 
-S is the student, T the teacher (a constant). Sums run over vocabulary entries, or with top_k over
-the student's k likeliest entries (renormalised, or with the rest as one bucket).
+S is the student, T the teacher (a constant). With top_k a divergence compares the student's k
+likeliest entries, renormalised or with the rest as one bucket.
 Shape suffixes: T rows, D hidden size, V vocabulary, K buckets of a divergence.
 """
 
@@ -14,22 +14,21 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .contract import LOG_RATIO_LIMIT, Inputs, Options, RowStatistics, statistics_dtype
 
 
 def loss(inputs: Inputs, options: Options) -> tuple[Tensor, RowStatistics]:
     l_s_TV = _log_probs(inputs.student_TD, inputs.head_VD, inputs.bias_V, options)
-    target_T1 = inputs.target_T[:, None]
-    logprob_T = l_s_TV.gather(1, target_T1)[:, 0]
+    logprob_T = l_s_TV.gather(1, inputs.target_T[:, None])[:, 0]
     entropy_T = -(l_s_TV.exp() * l_s_TV).sum(-1)
-    terms = []
-    found: dict[str, Tensor] = {"student_logprob_T": logprob_T, "entropy_T": entropy_T}
+    terms, found = [], {"student_logprob_T": logprob_T, "entropy_T": entropy_T}
     if inputs.teacher_TD is not None:
         with torch.no_grad():
             head_VD = inputs.head_VD if inputs.teacher_head_VD is None else inputs.teacher_head_VD
             l_t_TV = _log_probs(inputs.teacher_TD, head_VD, inputs.bias_V, options)
-        found["teacher_logprob_T"] = l_t_TV.gather(1, target_T1)[:, 0]
+        found["teacher_logprob_T"] = l_t_TV.gather(1, inputs.target_T[:, None])[:, 0]
         if options.divergence == "sampled_token":
             divergence_T = logprob_T - found["teacher_logprob_T"]
             surrogate_T = divergence_T.detach() * logprob_T
@@ -43,10 +42,10 @@ def loss(inputs: Inputs, options: Options) -> tuple[Tensor, RowStatistics]:
         if inputs.divergence_weight_T is not None:
             terms.append(inputs.divergence_weight_T * surrogate_T)
     if inputs.policy_weight_T is not None:
-        policy_T, clipped_T = _policy(logprob_T, inputs, options.clip)
+        args = inputs.policy_weight_T, inputs.old_logprob_T, options.clip
+        policy_T, clipped = _policy(logprob_T, *args)
         terms.append(policy_T)
-        if clipped_T is not None:
-            found["policy_clipped_T"] = clipped_T
+        found |= clipped
     if inputs.entropy_weight_T is not None:
         terms.append(-inputs.entropy_weight_T * entropy_T)
     total = sum(terms, torch.zeros_like(logprob_T)).sum()
@@ -60,12 +59,9 @@ def statistics(inputs: Inputs, options: Options) -> RowStatistics:
 
 def _log_probs(hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, o: Options) -> Tensor:
     dtype = statistics_dtype(hidden_TD)
-    z_TV = hidden_TD.to(dtype) @ head_VD.to(dtype).T
-    if bias_V is not None:
-        z_TV = z_TV + bias_V.to(dtype)
-    z_TV = z_TV * o.logit_scale
-    if o.softcap is not None:
-        z_TV = o.softcap * torch.tanh(z_TV / o.softcap)
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    z_TV = linear(hidden_TD.to(dtype), head_VD.to(dtype), bias_V) * o.logit_scale
+    z_TV = z_TV if o.softcap is None else o.softcap * torch.tanh(z_TV / o.softcap)
     return torch.log_softmax(z_TV / o.temperature, -1)
 
 
@@ -89,16 +85,16 @@ def _entries(l_s_TK: Tensor, l_t_TK: Tensor, options: Options) -> Tensor:
         return l_s_TK.exp() * (l_s_TK - l_t_TK)
     beta = options.beta
     l_m_TK = torch.logaddexp(l_s_TK + math.log1p(-beta), l_t_TK + math.log(beta))
-    towards_s = l_s_TK.exp() * (l_s_TK - l_m_TK)
-    return beta * l_t_TK.exp() * (l_t_TK - l_m_TK) + (1 - beta) * towards_s
+    towards_t, towards_s = (x.exp() * (x - l_m_TK) for x in (l_t_TK, l_s_TK))
+    return beta * towards_t + (1 - beta) * towards_s
 
 
-def _policy(logprob_T: Tensor, inputs: Inputs, clip: float | None) -> tuple[Tensor, Tensor | None]:
-    if inputs.old_logprob_T is None:
-        return -inputs.policy_weight_T * logprob_T, None
-    log_ratio_T = (logprob_T - inputs.old_logprob_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    plain_T = log_ratio_T.exp() * inputs.policy_weight_T
+def _policy(logprob_T: Tensor, weight_T: Tensor, old_T: Tensor | None, clip: float | None):
+    if old_T is None:
+        return -weight_T * logprob_T, {}
+    log_ratio_T = (logprob_T - old_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    plain_T = log_ratio_T.exp() * weight_T
     if clip is None:
-        return -plain_T, None
-    limited_T = log_ratio_T.exp().clamp(1 - clip, 1 + clip) * inputs.policy_weight_T
-    return -torch.minimum(plain_T, limited_T), limited_T < plain_T
+        return -plain_T, {}
+    limited_T = log_ratio_T.exp().clamp(1 - clip, 1 + clip) * weight_T
+    return -torch.minimum(plain_T, limited_T), {"policy_clipped_T": limited_T < plain_T}

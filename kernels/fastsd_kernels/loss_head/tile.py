@@ -10,18 +10,28 @@ terms differ in c only. Shape suffixes: T rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .contract import Options
-from .rows import Spare, policy_terms, vocabulary_divergence
+from .rows import Spare, needs_teacher_probabilities, policy_terms, vocabulary_divergence
+
+
+class Rows(NamedTuple):
+    """Targets and weights of some rows, as in `Inputs`."""
+
+    target_T: Tensor
+    divergence_weight_T: Tensor | None
+    policy_weight_T: Tensor | None
+    old_logprob_T: Tensor | None
+    entropy_weight_T: Tensor | None
 
 
 def row_tile(
     logits: list[Tensor],
-    rows: Mapping[str, Tensor | None],
+    rows: Rows,
     options: Options,
     gradient: bool,
     spare: list[Tensor],
@@ -32,9 +42,9 @@ def row_tile(
     overwritten; with `gradient` the student's logits become the gradient in its own products.
     """
     slope_TV = _scale_(logits[0], options, gradient)
+    p_s_TV = torch.softmax(logits[0], -1, out=spare[0])
     l_s_TV = torch.log_softmax(logits[0], -1, out=logits[0])
-    p_s_TV = torch.exp(l_s_TV, out=spare[0])
-    target_T1 = rows["target_T"][:, None]
+    target_T1 = rows.target_T[:, None]
     logprob_T = l_s_TV.gather(1, target_T1)[:, 0]
     entropy_T = -torch.mul(p_s_TV, l_s_TV, out=spare[1]).sum(-1)
     found = {"student_logprob_T": logprob_T, "entropy_T": entropy_T}
@@ -45,15 +55,15 @@ def row_tile(
         pull_T, divergence_TV = _teacher_terms(
             l_s_TV, p_s_TV, logits[1], rows, options, gradient, (spare[1], spare[2]), found, loss_T
         )
-    if rows["policy_weight_T"] is not None:
+    if rows.policy_weight_T is not None:
         policy_T, slope_T, clipped_T = policy_terms(
-            logprob_T, rows["policy_weight_T"], rows["old_logprob_T"], options.clip
+            logprob_T, rows.policy_weight_T, rows.old_logprob_T, options.clip
         )
         loss_T += policy_T
         pull_T = slope_T if pull_T is None else pull_T + slope_T
         if clipped_T is not None:
             found["policy_clipped_T"] = clipped_T
-    bonus_T = rows["entropy_weight_T"]
+    bonus_T = rows.entropy_weight_T
     if bonus_T is not None:
         loss_T -= bonus_T * entropy_T
     found["loss_T"] = loss_T
@@ -62,7 +72,7 @@ def row_tile(
         if bonus_T is not None:
             terms.append(l_s_TV.add_(entropy_T[:, None]).mul_(p_s_TV).mul_(bonus_T[:, None]))
         if divergence_TV is not None:
-            terms.append(divergence_TV.mul_(rows["divergence_weight_T"][:, None]))
+            terms.append(divergence_TV)
         if pull_T is not None:
             pull_T1 = pull_T[:, None]
             terms.append(p_s_TV.mul_(-pull_T1).scatter_add_(1, target_T1, pull_T1))
@@ -74,18 +84,20 @@ def _teacher_terms(
     l_s_TV: Tensor,
     p_s_TV: Tensor,
     z_t_TV: Tensor,
-    rows: Mapping[str, Tensor | None],
+    rows: Rows,
     options: Options,
     gradient: bool,
     spare: Spare,
     found: dict[str, Tensor],
     loss_T: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Adds to `found` and `loss_T`; returns (dloss / dlog p_S(y), dD / dz), None where absent."""
+    """Adds to `found` and `loss_T`; returns (dloss / dlog p_S(y), w_div dD / dz) or None."""
+    if options.top_k is None and needs_teacher_probabilities(options):
+        torch.softmax(z_t_TV, -1, out=spare[0])
     l_t_TV = torch.log_softmax(z_t_TV, -1, out=z_t_TV)
     logprob_T = found["student_logprob_T"]
-    found["teacher_logprob_T"] = l_t_TV.gather(1, rows["target_T"][:, None])[:, 0]
-    weight_T = rows["divergence_weight_T"]
+    found["teacher_logprob_T"] = l_t_TV.gather(1, rows.target_T[:, None])[:, 0]
+    weight_T = rows.divergence_weight_T
     if options.divergence == "sampled_token":
         found["divergence_T"] = logprob_T - found["teacher_logprob_T"]
         if weight_T is None:
@@ -97,9 +109,11 @@ def _teacher_terms(
     found["divergence_T"] = divergence.value_T
     if divergence.clipped_T is not None:
         found["entry_clipped_T"] = divergence.clipped_T
-    if weight_T is not None:
-        loss_T += weight_T * divergence.value_T
-    return None, divergence.gradient_TK
+    if weight_T is None:
+        return None, None
+    loss_T += weight_T * divergence.value_T
+    g_TV = divergence.gradient_TK
+    return None, None if g_TV is None else g_TV.mul_(weight_T[:, None])
 
 
 def _write_gradient(

@@ -22,17 +22,15 @@ def check_options(head_VD: Tensor, **given) -> Options:
         raise ValueError(f"divergence: expected one of {choices}, got {options.divergence!r}")
     for name in ("temperature", "logit_scale", "softcap", "entry_clip", "clip"):
         value = getattr(options, name)
-        if value is None and name not in ("temperature", "logit_scale"):
+        if value is None and name in ("softcap", "entry_clip", "clip"):
             continue
-        _number(name, value)
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < _number(name, value) < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
     if options.divergence == "jsd":
-        _number("beta", options.beta)
-        if not 0 <= options.beta <= 1:
+        if not 0 <= _number("beta", options.beta) <= 1:
             raise ValueError(f"beta: expected 0 <= beta <= 1 for jsd, got {options.beta}")
-        limit = {0: "forward_kl", 1: "reverse_kl"}.get(options.beta, "jsd")
-        options = replace(options, divergence=limit)
+        limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
+        options = replace(options, divergence=limits.get(float(options.beta), "jsd"))
     if options.divergence == "sampled_token":
         for name in ("top_k", "entry_clip"):
             if getattr(options, name) is not None:
@@ -55,9 +53,10 @@ def _check_top_k(options: Options, head_VD: Tensor) -> Options:
     return replace(options, top_k=None) if options.top_k == vocabulary else options
 
 
-def _number(name: str, value) -> None:
+def _number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return value
 
 
 def check_inputs(inputs: Inputs, mask_T: Tensor | None = None) -> None:
