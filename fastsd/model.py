@@ -146,8 +146,9 @@ class Policy:
         )
 
     def copy(self) -> Policy:
-        """An independent copy of the weights, without gradient."""
-        model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        """A copy without gradient. Frozen weights, which never change, are shared, not copied."""
+        shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
         return Policy(model, self.tokenizer)
 
     def save(self, folder: Path) -> None:

@@ -32,8 +32,8 @@ TASK_LIMITS = {
         "Part of the critique's lead is not its phrasing: its steps after the first error are "
         "judged on the attempt's own numbers, which the reference cannot do.",
         "The base matters: two of four trial bases came out unhealthy (53 % valid left sides), and "
-        "on such a base the order breaks. The shipped base passed a gate: valid left sides at least "
-        "0.97, hint loss at most 0.09.",
+        "on such a base the order breaks. The shipped base passed a gate: valid left sides at "
+        "least 0.97, hint loss at most 0.09.",
         "The task is synthetic and the model has 0.24 M parameters, taught to use hints and to "
         "hold wrong beliefs; held-out questions share their 256 facts with the training questions.",
     ),

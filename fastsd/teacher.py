@@ -26,6 +26,7 @@ class Teacher:
 
     def __init__(self, student: Policy, config: TeacherConfig):
         self.config = config
+        self._student = student
         copied = config.kind in ("ema", "frozen")
         self.policy = student.copy() if copied else student
         # The average moves by a fraction of a bf16 step per update: keep it in fp32.
@@ -42,8 +43,10 @@ class Teacher:
             return self.policy.hidden(trees)
 
     @property
-    def head_VD(self) -> Tensor:
-        return self.policy.head_VD.detach()
+    def head_VD(self) -> Tensor | None:
+        """The teacher's own head, or None where it is the student's very tensor."""
+        own = self.policy.head_VD
+        return None if own is self._student.head_VD else own.detach()
 
     @torch.no_grad()
     def update(self, masters: Mapping[str, Tensor]) -> None:

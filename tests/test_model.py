@@ -153,3 +153,16 @@ def test_refusals_name_the_reason(folder):
         load("/nowhere/to/be/found")
     with pytest.raises(ModelError, match="max_position_embeddings"):
         load(folder).hidden([TokenTree((5,) * 50_000, (Branch((), (1, 2)),))])
+
+
+def test_a_copy_shares_what_is_frozen_and_nothing_else(folder):
+    policy = load(folder, freeze=["embed_tokens"])
+    teacher = Teacher(policy, TeacherConfig(kind="frozen"))
+    copied = dict(teacher.policy.model.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        assert (copied[name] is parameter) == ("embed_tokens" in name)
+        assert not copied[name].requires_grad
+    own_head = policy.head_VD is not policy.decoder.get_input_embeddings().weight
+    assert (teacher.head_VD is None) == (not own_head)
+    trained = Teacher(load(folder), TeacherConfig(kind="frozen"))
+    assert trained.head_VD is not None
