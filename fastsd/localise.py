@@ -62,6 +62,7 @@ def context_advantages(
             impl=config.loss.impl,
             **policy.head_options(),
         )
+        assert statistics.teacher_logprob_T is not None
         advantage_T = statistics.teacher_logprob_T - statistics.student_logprob_T
         lengths = [len(sample.rollout.response_ids) for sample in batch]
         advantages += [part.tolist() for part in advantage_T.split(lengths)]

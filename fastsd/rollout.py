@@ -64,7 +64,11 @@ class Sampler:
 
     def _rollout(self, prompt: Prompt, sample: int, ids: list, logprobs: list) -> Rollout:
         stopped = ids[-1] in self.stop_ids
-        text = self.policy.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+        text = self.policy.tokenizer.decode(
+            ids[:-1] if stopped else ids,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
         return Rollout(prompt, sample, tuple(ids), tuple(logprobs), text, truncated=not stopped)
 
 
