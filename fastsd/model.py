@@ -85,7 +85,14 @@ class Policy:
         for tree in trees:
             longest = max(len(b.context_ids) + len(b.response_ids) for b in tree.branches)
             self.check_length(len(tree.prefix_ids) + longest)
-        return self.hidden_shared(trees) if self.shares_prefixes else self.hidden_unshared(trees)
+        if self.shares_prefixes or not torch.is_grad_enabled():
+            return self.hidden_shared(trees)
+        # Hugging Face layers checkpoint, and drop their cache, in training mode only.
+        self.model.train()
+        try:
+            return self.hidden_unshared(trees)
+        finally:
+            self.model.eval()
 
     def hidden_shared(self, trees: Sequence[TokenTree]) -> Tensor:
         """`hidden` with each prefix computed once for all its branches."""
@@ -179,7 +186,7 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
     refuse_unsupported(model.config)
-    model = model.to(device).eval()
+    model = model.to(device)
     _switch_dropout_off(model)
     if config.lora is not None:
         model = _add_lora(model, config.lora)
@@ -189,8 +196,7 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
         new_name = hasattr(model, "activation_checkpointing_enable")
         enable = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, enable)({"use_reentrant": False})
-        model.train()
-    return Policy(model, tokenizer, shares_prefixes=not config.gradient_checkpointing)
+    return Policy(model.eval(), tokenizer, shares_prefixes=not config.gradient_checkpointing)
 
 
 def model_path(name: str) -> str:

@@ -61,6 +61,7 @@ def test_unshared_equals_the_plain_model_row_by_row(folder):
 def test_gradient_checkpointing_and_lora_give_the_same(folder):
     lora = LoraConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"])
     results = []
+    recomputed = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         policy = load(folder, lora=lora, gradient_checkpointing=checkpointing)
@@ -68,8 +69,13 @@ def test_gradient_checkpointing_and_lora_give_the_same(folder):
             for name, parameter in policy.model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(generator=torch.Generator().manual_seed(1))
+        layer = policy.decoder.layers[0].mlp
+        layer.register_forward_hook(lambda *_, c=checkpointing: recomputed.append(c))
         hidden = policy.hidden(TREES)
         results.append((hidden.detach(), gradients(policy, hidden)))
+        assert not policy.model.training
+    # Shared: prefixes and branches once each. Checkpointed: full rows forward, then once more.
+    assert recomputed == [False, False, True, True]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
     assert results[0][1].keys() == results[1][1].keys()
     assert all("lora_" in name for name in results[0][1])
