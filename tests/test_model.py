@@ -70,7 +70,7 @@ def test_gradient_checkpointing_and_lora_give_the_same(folder):
                 if "lora_B" in name:
                     parameter.normal_(generator=torch.Generator().manual_seed(1))
         layer = policy.decoder.layers[0].mlp
-        layer.register_forward_hook(lambda *_, c=checkpointing: recomputed.append(c))
+        layer.register_forward_pre_hook(lambda *_, c=checkpointing: recomputed.append(c))
         hidden = policy.hidden(TREES)
         results.append((hidden.detach(), gradients(policy, hidden)))
         assert not policy.model.training
