@@ -25,23 +25,25 @@ GENERAL_LIMITS = (
 
 TASK_LIMITS = {
     "chain_sum": (
-        "The order of the conditions is that of a frozen teacher, a copy of the base. With a live "
-        "teacher the reference condition collapses and comes last.",
-        "The budget is fixed and small: GRPO with a learning rate of 1e-3 closes most of the gap, "
-        "so this compares speed of learning, not where each condition ends.",
-        "Part of the critique's lead is not its phrasing: its steps after the first error are "
-        "judged on the attempt's own numbers, which the reference cannot do.",
-        "The base matters: two of four trial bases came out unhealthy (53 % valid left sides), and "
-        "on such a base the order breaks. The shipped base passed a gate: valid left sides at "
-        "least 0.97, hint loss at most 0.09.",
+        "The teacher is a frozen copy of the base. With a live teacher the reference condition "
+        "collapsed on other bases of this kind; on the shipped base it does not within 40 updates.",
+        "The budget and learning rate are fixed: with a rate of 1e-3 all three learn faster, GRPO "
+        "most, and the gaps shrink to about half and a fifth. This compares speed of learning, "
+        "not where each condition ends.",
+        "Most of the critique's lead over the reference is not its phrasing: its steps after the "
+        "first error are judged on the attempt's own numbers. A critique that goes on from the "
+        "corrected total does as well as a reference in the solver's own phrasing.",
+        "The base matters: of five trained, three failed the gate (valid left sides at least 0.97, "
+        "hint loss at most 0.09), and the shipped one was chosen among the two that passed. On an "
+        "unhealthy base the order can break.",
         "The task is synthetic and the model has 0.24 M parameters, taught to use hints and to "
         "hold wrong beliefs; held-out questions share their 256 facts with the training questions.",
     ),
     "word_problems": (
-        "The base was warmed up on purpose to write steps, use hints and make one kind of mistake; "
-        "the gain measured is largely the repair of that mistake.",
-        "The budget is a few dozen updates, and the order of GRPO and reference depends on each "
-        "one's learning rate.",
+        "The base was warmed up on purpose to write steps, use hints and hold wrong beliefs about "
+        "25 of 55 digit sums; the gain measured is the repair of those beliefs.",
+        "The budget is a few dozen updates; each condition's figure depends on its learning rate "
+        "and on where in its transition the run stops.",
     ),
 }
 

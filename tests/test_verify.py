@@ -183,6 +183,7 @@ def test_a_dead_or_wedged_worker_is_replaced():
     pids = []
     for _ in range(2):
         worker = reward._idle.get()
+        assert worker.check("42", "42.0") == "right"  # it has started
         pids.append(worker._process.pid)
         worker._process.send_signal(signal.SIGSTOP if len(pids) == 1 else signal.SIGKILL)
         worker._patience_s = 1.0

