@@ -40,7 +40,7 @@ def run_experiment(invocation: Invocation) -> None:
     base, where = _prepare(invocation, run_dir, children[0][2])
     results: dict[str, list[EvalResult]] = {name: [] for name in conditions}
     for name, seed, child in children:
-        results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base, invocation))
+        results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base))
     seconds = time.perf_counter() - start
     summary = _summarise(config, run_dir, results, base, where, seconds)
     write_report(run_dir)
@@ -102,20 +102,20 @@ def _read_localisation(path: Path) -> dict[str, Localisation]:
     return {name: Localisation.from_json(one) for name, one in read_json(path).items()}
 
 
-def _run_child(
-    config: Config, run_dir: Path, base: EvalResult, invocation: Invocation
-) -> EvalResult:
+def _run_child(config: Config, run_dir: Path, base: EvalResult) -> EvalResult:
+    from fastsd.checkpoint import checkpoints
+    from fastsd.report import write_model_card
     from fastsd.train import train
 
     run_dir.mkdir(parents=True, exist_ok=True)
     if not read_evaluations(run_dir):
         append_evaluation(run_dir, 0, base)
     train(config, run_dir, Recorder(run_dir.name, sys.argv))
-    from fastsd.checkpoint import checkpoints
-    from fastsd.report import write_model_card
-
     write_model_card(run_dir, checkpoints(run_dir)[0][1])
-    return read_evaluations(run_dir)[-1][1]
+    final = read_evaluations(run_dir)[-1][1]
+    before, after = 100 * base.avg_at_k, 100 * final.avg_at_k
+    print(f"{run_dir.name}: Avg@{final.samples} {before:.1f} % -> {after:.1f} %", flush=True)
+    return final
 
 
 def _summarise(config, run_dir, results, base, where, seconds) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, header in enumerate(headers):
-        table.add_column(Text(header), justify="right" if index else "left")
+        table.add_column(Text(header), justify="right" if index else "left", overflow="fold")
     for row in rows:
         # Text, not str: names from folders are shown as they are, never as rich markup
         table.add_row(*map(Text, row))
