@@ -52,13 +52,12 @@ class Recorder:
             self.say(f"{self.label}: resumed after update {session.step}")
 
     def record(self, session: Session, statistics: StepStatistics) -> None:
-        """After an update: metrics, now and then completions, the progress line."""
+        """Part of an update, signals held: metrics, now and then completions, the progress line."""
         assert self._writer is not None
         metrics = statistics.metrics()
-        with session.gate.closed():
-            self._writer.write(session.step, metrics)
-            if session.step == 1 or session.step % COMPLETIONS_EVERY == 0 or session.done:
-                write_completions(session.run_dir, session.step, _rows(statistics))
+        self._writer.write(session.step, metrics)
+        if session.step == 1 or session.step % COMPLETIONS_EVERY == 0 or session.done:
+            write_completions(session.run_dir, session.step, _rows(statistics))
         self._progress(session, metrics)
 
     def say(self, line: str) -> None:

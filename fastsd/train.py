@@ -8,7 +8,7 @@ response tokens, let the loss head compare them, step. What differs between the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,7 @@ def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
                 session.evaluate_if_due()
                 if session.done:
                     break
-                samples = session.next_samples()
-                recorder.record(session, update(session, samples))
+                update(session, session.next_samples(), recorder.record)
                 session.save_if_due()
     except BaseException as stop:
         recorder.stopped(session, stop)
@@ -42,7 +41,11 @@ def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
         recorder.close()
 
 
-def update(session: Session, samples: Sequence[Sample]) -> StepStatistics:
+def update(
+    session: Session,
+    samples: Sequence[Sample],
+    record: Callable[[Session, StepStatistics], None] = lambda session, statistics: None,
+) -> StepStatistics:
     """One optimizer step on `samples`. All that a resume needs changes in the last block only."""
     from fastsd.layout import micro_batches, student_trees
     from fastsd.loss import StepStatistics, TokenWeights, loss_head
@@ -61,12 +64,14 @@ def update(session: Session, samples: Sequence[Sample]) -> StepStatistics:
         with session.clock.phase("student"):
             out.loss.backward()
         statistics.add(batch, out)
-    with session.gate.closed(), session.clock.phase("optimizer"):
-        stepped = session.optimizer.step()
-        if session.teacher is not None:
-            session.teacher.update(session.optimizer.masters)
+    with session.gate.closed():
+        with session.clock.phase("optimizer"):
+            stepped = session.optimizer.step()
+            if session.teacher is not None:
+                session.teacher.update(session.optimizer.masters)
         session.advance()
-    statistics.extra = {**stepped, **session.clock.metrics()}
+        statistics.extra = {**stepped, **session.clock.metrics()}
+        record(session, statistics)
     return statistics
 
 
@@ -89,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_main(run)
     except Interrupted as stop:
+        print(f"stopped by {stop}: continue with --resume auto", file=sys.stderr)
         return stop.exit_code
 
 

@@ -14,6 +14,8 @@ import pytest
 from runs import LORA, final_state, losses, run_small, small_config
 
 from fastsd.checkpoint import checkpoints
+from fastsd.interrupt import Interrupted
+from fastsd.optimizer import Optimizer
 from fastsd.session import Session
 from fastsd.types import CheckpointError
 
@@ -186,3 +188,24 @@ def test_kills_at_random_moments_everywhere(condition, teacher, tmp_path):
         kill(tmp_path / "run", pair, rng)
     output = finish(tmp_path / "run", pair)
     assert_same_end(tmp_path / "run", output, tmp_path / "whole", whole_output)
+
+
+def test_a_signal_while_weights_move_waits_until_the_step_is_on_record(tmp_path):
+    config = small_config("critique", optim={"steps": 3})
+    whole = run_small(config, tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    step = Optimizer.step
+
+    def interrupted_step(optimizer):
+        result = step(optimizer)
+        if optimizer.calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(Optimizer, "step", interrupted_step)
+        run_small(config, run_dir)
+    assert stopped.value.exit_code == 143
+    assert [step for step, _ in losses(run_dir)] == [1, 2]
+    run_small(config.model_copy(update={"resume": "auto"}), run_dir)
+    assert losses(run_dir) == losses(whole) and final_state(run_dir) == final_state(whole)
