@@ -21,7 +21,7 @@ from fastsd.attention import BranchCache
 from fastsd.config import RolloutConfig
 from fastsd.render import PromptRenderer
 from fastsd.types import FastsdError, Prompt, Rollout
-from fastsd_kernels.sampling import sample_tokens
+from fastsd_kernels import sample_tokens
 
 # Rows are dropped from the batch once this share of them has finished.
 _COMPACT_AT = 0.25

@@ -10,7 +10,7 @@ from fastsd.model import load_policy
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
 from fastsd.types import Branch, FastsdError, Prompt, TokenTree
-from fastsd_kernels.sampling import sample_tokens
+from fastsd_kernels import sample_tokens
 
 QUESTIONS = ["What is 3 + 4?", "Tom has 12 apples and finds 7.", "x", "Now solve the problem. " * 3]
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": q},)) for i, q in enumerate(QUESTIONS)]

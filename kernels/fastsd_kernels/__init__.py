@@ -16,15 +16,23 @@ if TYPE_CHECKING:
         fused_linear_loss,
         fused_linear_statistics,
     )
+    from .sampling import sample_tokens
 
 _HOME = {
     "fused_linear_loss": "loss_head",
     "fused_linear_statistics": "loss_head",
     "LossHeadOutput": "loss_head",
     "LossHeadStatistics": "loss_head",
+    "sample_tokens": "sampling",
 }
 
-__all__ = ["LossHeadOutput", "LossHeadStatistics", "fused_linear_loss", "fused_linear_statistics"]
+__all__ = [
+    "LossHeadOutput",
+    "LossHeadStatistics",
+    "fused_linear_loss",
+    "fused_linear_statistics",
+    "sample_tokens",
+]
 
 
 def __getattr__(name: str):
