@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from fastsd.config import DataConfig
@@ -75,11 +76,15 @@ class RowSource:
 
 
 def load_data(
-    config: DataConfig, task: Task | None, seed: int
+    config: DataConfig,
+    task: Task | None,
+    seed: int,
+    needs: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[DataSource, Callable[[int], list[Prompt]]]:
     """The training source, and a function from n to the first n held-out prompts (fewer if fewer).
 
-    Files where data.train and data.eval name them, else the task's questions.
+    Files where data.train and data.eval name them, else the task's questions. needs: fields
+    (answer, solution) that no row may lack, with the reason; held-out rows need no solution.
     Raises DataError for a row, file or mapping that cannot be used, for a run without training or
     held-out questions, and for a seed that cannot choose questions (negative).
     """
@@ -87,20 +92,23 @@ def load_data(
         raise DataError(f"seed = {seed}: it chooses the questions and must be 0 or more")
     train: DataSource
     if config.train:
-        train = RowSource(read_prompts(config.train, config.columns), config.shuffle)
+        train = RowSource(read_prompts(config.train, config.columns, needs), config.shuffle)
     elif task:
         train = TaskSource(task)
     else:
         raise DataError("nothing to train on: set data.task or data.train")
     if config.eval:
-        held_out = read_prompts(config.eval, config.columns)
+        answer = {field: why for field, why in needs.items() if field == "answer"}
+        held_out = read_prompts(config.eval, config.columns, answer)
         return train, lambda count: held_out[:count]
     if task:
         return train, lambda count: [task.prompt("eval", index) for index in range(count)]
     raise DataError("nothing to evaluate on: set data.eval to a file of held-out rows")
 
 
-def read_prompts(path: str | Path, columns: Mapping[str, str]) -> list[Prompt]:
+def read_prompts(
+    path: str | Path, columns: Mapping[str, str], needs: Mapping[str, str] = MappingProxyType({})
+) -> list[Prompt]:
     """All rows of a .jsonl or .parquet file as prompts, checked. Raises DataError."""
     path = Path(path)
     for field in columns:
@@ -119,6 +127,10 @@ def read_prompts(path: str | Path, columns: Mapping[str, str]) -> list[Prompt]:
         if prompt.id in row_of_id:
             first = row_of_id[prompt.id]
             raise DataError(f"{where}, id: {prompt.id!r} is also the id of row {first}")
+        for field, why in needs.items():
+            if getattr(prompt, field) is None:
+                column = columns.get(field, field)
+                raise DataError(f"{where}, {column}: missing, but {why} (map it with data.columns)")
         row_of_id[prompt.id] = number
         prompts.append(prompt)
     if not prompts:

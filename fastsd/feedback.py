@@ -27,13 +27,15 @@ class Condition:
 
     context: rollout -> Feedback, or None where there is no teacher. template: the PromptConfig
     field that holds the teacher's user turn. divergence and policy: weights of the distillation
-    term and of the GRPO term, unless the configuration sets its own.
+    term and of the GRPO term, unless the configuration sets its own. needs: the Prompt field
+    without which a row has no context.
     """
 
     context: Callable[[Rollout, Critic | None, str], Feedback] | None
     template: str | None
     divergence: float
     policy: float
+    needs: str | None = None
 
 
 def reference_solution(rollout: Rollout, critic: Critic | None, sees: str) -> Feedback:
@@ -52,7 +54,9 @@ def step_aligned_critique(rollout: Rollout, critic: Critic | None, sees: str) ->
 
 CONDITIONS: dict[str, Condition] = {
     "grpo": Condition(None, None, divergence=0.0, policy=1.0),
-    "reference": Condition(reference_solution, "reference_template", divergence=1.0, policy=0.0),
+    "reference": Condition(
+        reference_solution, "reference_template", divergence=1.0, policy=0.0, needs="solution"
+    ),
     "critique": Condition(step_aligned_critique, "critique_template", divergence=1.0, policy=0.0),
 }
 
@@ -83,6 +87,16 @@ class FeedbackMaker:
     def policy_weight(self) -> float:
         own = self.config.loss.policy_weight
         return self.condition.policy if own is None else own
+
+
+def required_fields(config: Config) -> dict[str, str]:
+    """Prompt fields that no training row may lack, each with the reason."""
+    needs = {}
+    if (field := CONDITIONS[config.condition].needs) is not None:
+        needs[field] = f'condition = "{config.condition}" shows it to the teacher'
+    if config.reward.function in ("exact", "math"):
+        needs["answer"] = f'reward.function = "{config.reward.function}" compares with it'
+    return needs
 
 
 def feedback_maker(config: Config, task: Task | None) -> FeedbackMaker:

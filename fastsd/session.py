@@ -21,7 +21,7 @@ from fastsd.answers import extract_answer
 from fastsd.config import Config
 from fastsd.data import load_data
 from fastsd.evaluate import evaluate
-from fastsd.feedback import feedback_maker
+from fastsd.feedback import feedback_maker, required_fields
 from fastsd.interrupt import SignalGate
 from fastsd.layout import Sample, teacher_trees
 from fastsd.model import load_policy
@@ -60,7 +60,9 @@ class Session:
         device = hardware.resolve_device(config.device)
         dtype = hardware.resolve_dtype(config.model.dtype, device)
         self.task = open_task(config)
-        self.train_data, self.eval_prompts = load_data(config.data, self.task, config.seed)
+        self.train_data, self.eval_prompts = load_data(
+            config.data, self.task, config.seed, required_fields(config)
+        )
         self.reward = load_reward(config.reward, self.task)
         self.policy = load_policy(config.model, device, dtype)
         self.renderer = PromptRenderer(self.policy.tokenizer, config.prompt)

@@ -121,6 +121,12 @@ def test_bad_data_and_missing_models_end_with_two(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "rows.jsonl" in error and "question" in error
     columns = ["--data.columns.question", "task", "--data.columns.answer", "gold"]
+    assert main([*base, *data, *columns]) == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl, row 1, solution: missing" in error and '"reference" shows it' in error
+    columns += ["--data.columns.solution", "steps"]
+    assert main([*base, *data, *columns[:2], *columns[4:]]) == 2
+    assert "answer: missing" in capsys.readouterr().err
     assert main([*base[:-1], "/no/such/model", *data, *columns]) == 2
     assert "/no/such/model" in capsys.readouterr().err
     assert main([*base, *data, *columns, "--loss.impl", "triton"]) == 2
