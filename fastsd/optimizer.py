@@ -46,7 +46,7 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 class Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over a model's trainable parameters.
 
-    Accumulate gradients with `loss.backward()` as often as needed, then call `step()`.
+    Call `loss.backward()` and `accumulate()` for each micro-batch, then `step()`.
     A matrix shared by two modules (embedding tied to the head) is one parameter under its first
     name. Parameters with one dimension or none (biases, norms) are not decayed.
     Raises FastsdError when the model has nothing to train.
@@ -91,6 +91,7 @@ class Optimizer:
         """
         lr = learning_rate(self.config, self.calls)
         self.calls += 1
+        self.accumulate()
         norms = self._gradient_norms()
         norm = math.sqrt(math.fsum(n * n for n in norms.values()))
         finite = math.isfinite(norm)
@@ -104,6 +105,20 @@ class Optimizer:
         if not finite:
             self._count_nonfinite(norms, lr)
         return {"grad_norm": norm, "lr": lr, "skipped": float(not moved)}
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """After each `loss.backward()`: adds low-precision gradients to their masters' in fp32.
+
+        Left in bf16, the gradients of later micro-batches would vanish in the sum's rounding.
+        """
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -169,15 +184,8 @@ class Optimizer:
         self.empty_steps = state["empty_steps"]
 
     def _gradient_norms(self) -> dict[str, float]:
-        """L2 norm of each gradient in fp32; casts low-precision gradients to their master."""
-        names = []
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            names.append(name)
-            if self.masters[name] is not parameter:
-                self.masters[name].grad = parameter.grad.float()
-                parameter.grad = None
+        """L2 norm of each gradient in fp32."""
+        names = [name for name, master in self.masters.items() if master.grad is not None]
         if not names:
             return {}
         norms = [torch.linalg.vector_norm(self.masters[name].grad) for name in names]

@@ -63,6 +63,7 @@ def update(
             out = loss_head(student_TD, teacher_TD, batch, weights, session)
         with session.clock.phase("student"):
             out.loss.backward()
+            session.optimizer.accumulate()
         statistics.add(batch, out)
     with session.gate.closed():
         with session.clock.phase("optimizer"):

@@ -250,3 +250,12 @@ def test_load_names_what_does_not_fit_and_changes_nothing():
     with pytest.raises(CheckpointError, match="'gone'"):
         optimizer.load(tensors, {**state, "updates": {"gone": 1}})
     assert digest(model, optimizer) == before
+
+
+def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32():
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    optimizer = Optimizer(model, OptimConfig(max_grad_norm=1e6))
+    for gradient in [256.0] + [0.5] * 100:  # in bf16 the sum would stay 256: its spacing is 2
+        (model.weight * gradient).sum().backward()
+        optimizer.accumulate()
+    assert optimizer.step()["grad_norm"] == 306.0
