@@ -67,7 +67,7 @@ def _longest_sample(session: Session, prompt: Prompt) -> Sample:
     logprobs = (-1.0,) * count
     rollout = Rollout(prompt, 0, ids, logprobs, tokenizer.decode(ids), truncated=True, reward=1.0)
     feedback = session.maker([rollout])
-    [sample] = session._samples([rollout], feedback)
+    [sample] = session.make_samples([rollout], feedback)
     return replace(sample, advantage=1.0)
 
 

@@ -77,16 +77,12 @@ def micro_batches(samples: Sequence[Sample], token_budget: int) -> list[list[Sam
     batches: list[list[Sample]] = []
     used = 0
     for group in _groups(samples):
-        for sample in group:
-            response = len(sample.rollout.response_ids)
-            context = len(sample.teacher_ids or sample.student_ids)
-            opens_group = sample is group[0]
-            cost = response + context
-            whole_group = sum(
-                len(s.rollout.response_ids) + len(s.teacher_ids or s.student_ids) for s in group
-            )
-            closes = opens_group and whole_group <= token_budget < used + whole_group
-            if not batches or closes or used + cost > token_budget:
+        costs = [len(s.rollout.response_ids) + len(s.teacher_ids or s.student_ids) for s in group]
+        fits_alone = sum(costs) <= token_budget
+        for index, (sample, cost) in enumerate(zip(group, costs, strict=True)):
+            # A group that fits alone starts a batch of its own rather than being split.
+            needed = sum(costs) if fits_alone and index == 0 else cost
+            if not batches or used + needed > token_budget:
                 batches.append([])
                 used = 0
             batches[-1].append(sample)

@@ -78,5 +78,6 @@ def _sample(session: Session, rollout: Rollout, name: str) -> Sample:
     student_ids = session.renderer.student(rollout.prompt)
     teacher_ids = student_ids
     if feedback.text is not None:
-        teacher_ids = session.renderer.teacher(rollout.prompt, template, feedback.text).ids
+        prompt = session.renderer.teacher(rollout.prompt, template, feedback.text)
+        teacher_ids = prompt.ids if prompt else student_ids
     return Sample(rollout, student_ids, teacher_ids, 0.0, feedback.text)

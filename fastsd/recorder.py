@@ -18,6 +18,7 @@ from fastsd import __version__
 from fastsd.cli import dump_toml
 from fastsd.interrupt import Interrupted
 from fastsd.run_folder import CompletionRow, MetricsWriter, replace_text, write_completions
+from fastsd.types import CheckpointError, FastsdError
 
 if TYPE_CHECKING:
     from fastsd.loss import StepStatistics
@@ -67,10 +68,12 @@ class Recorder:
         )
 
     def stopped(self, session: Session, stop: BaseException) -> None:
-        """An interrupted run is saved as of its last whole update."""
-        if isinstance(stop, Interrupted):
+        """A run that a signal or bad input ends is saved as of its last whole update."""
+        bad_input = isinstance(stop, FastsdError) and not isinstance(stop, CheckpointError)
+        if isinstance(stop, Interrupted) or (bad_input and session.step):
             path = session.save()
-            self.say(f"{self.label}: {stop} after update {session.step}, saved {path}")
+            what = stop if isinstance(stop, Interrupted) else type(stop).__name__
+            self.say(f"{self.label}: {what} after update {session.step}, saved {path}")
 
     def close(self) -> None:
         if self._writer is not None:

@@ -63,13 +63,15 @@ class PromptRenderer:
             )
         return ids
 
-    def teacher(self, prompt: Prompt, template: str, feedback: str) -> TeacherPrompt:
+    def teacher(self, prompt: Prompt, template: str, feedback: str) -> TeacherPrompt | None:
         """Ids of the self-teacher's prompt: `template` with the question and the feedback.
 
         Feedback beyond prompt.max_feedback_tokens is an error, or is cut after a whole step (line)
-        with prompt.feedback_overflow = "cut".
+        with prompt.feedback_overflow = "cut"; None where not even the first step fits.
         """
         fitted = self._fit_feedback(prompt, feedback)
+        if feedback and not fitted:
+            return None
         messages = self._messages(prompt)
         content = fill_template(template, question=messages[-1]["content"], feedback=fitted)
         messages[-1] = {**messages[-1], "content": content}

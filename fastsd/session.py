@@ -102,9 +102,10 @@ class Session:
         rollouts = [replace(r, reward=v) for r, v in zip(rollouts, rewards, strict=True)]
         with self.clock.phase("critic", tokens if self.maker.condition.context else 0):
             feedback = self.maker(rollouts)
-        return self._samples(rollouts, feedback), self.cursor + count
+        return self.make_samples(rollouts, feedback), self.cursor + count
 
-    def _samples(self, rollouts: list[Rollout], feedback: list[Feedback]) -> list[Sample]:
+    def make_samples(self, rollouts: list[Rollout], feedback: list[Feedback]) -> list[Sample]:
+        """Whole groups of rollouts with their prompts rendered and advantages computed."""
         size = self.config.rollout.samples_per_prompt
         advantages = [
             advantage
@@ -119,7 +120,7 @@ class Session:
             teacher_ids, cut = None, False
             if given.text is not None and self.maker.template:
                 prompt = self.renderer.teacher(rollout.prompt, self.maker.template, given.text)
-                teacher_ids, cut = prompt.ids, prompt.cut
+                teacher_ids, cut = (prompt.ids, prompt.cut) if prompt else (None, True)
             samples.append(Sample(rollout, student, teacher_ids, advantage, given.text, cut))
         return samples
 

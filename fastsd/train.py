@@ -26,19 +26,19 @@ def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
 
     session = Session(config, run_dir)
     recorder.open(session, resumed=config.resume == "auto" and session.restore())
-    try:
-        with session.gate:
+    with session.gate:
+        try:
             while True:
                 session.evaluate_if_due()
                 if session.done:
                     break
                 update(session, session.next_samples(), recorder.record)
                 session.save_if_due()
-    except BaseException as stop:
-        recorder.stopped(session, stop)
-        raise
-    finally:
-        recorder.close()
+        except BaseException as stop:
+            recorder.stopped(session, stop)
+            raise
+        finally:
+            recorder.close()
 
 
 def update(
@@ -66,7 +66,7 @@ def update(
             session.optimizer.accumulate()
         statistics.add(batch, out)
     with session.gate.closed():
-        with session.clock.phase("optimizer"):
+        with session.clock.phase("optimizer", statistics.tokens):
             stepped = session.optimizer.step()
             if session.teacher is not None:
                 session.teacher.update(session.optimizer.masters)

@@ -117,6 +117,8 @@ def test_long_feedback_is_cut_after_a_whole_line_or_refused(tokenizer):
         "\n".join(feedback.split("\n")[: len(kept) + 1])
     )
     assert len(one_more) > 60
+    nothing_fits = PromptRenderer(tokenizer, PromptConfig(max_feedback_tokens=2))
+    assert nothing_fits.teacher(prompt("q"), TEMPLATE, feedback) is None
     refusing = PromptConfig(max_feedback_tokens=60, feedback_overflow="error")
     with pytest.raises(PromptError, match="max_feedback_tokens = 60"):
         PromptRenderer(tokenizer, refusing).teacher(prompt("q"), TEMPLATE, feedback)

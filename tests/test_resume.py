@@ -17,7 +17,7 @@ from fastsd.checkpoint import checkpoints
 from fastsd.interrupt import Interrupted
 from fastsd.optimizer import Optimizer
 from fastsd.session import Session
-from fastsd.types import CheckpointError
+from fastsd.types import CheckpointError, FastsdError
 
 CONDITIONS = ("grpo", "reference", "critique")
 TEACHERS = ("live", "ema", "frozen", "adapter_off")
@@ -209,3 +209,40 @@ def test_a_signal_while_weights_move_waits_until_the_step_is_on_record(tmp_path)
     assert [step for step, _ in losses(run_dir)] == [1, 2]
     run_small(config.model_copy(update={"resume": "auto"}), run_dir)
     assert losses(run_dir) == losses(whole) and final_state(run_dir) == final_state(whole)
+
+
+def test_bad_input_in_the_middle_keeps_the_finished_updates(tmp_path):
+    config = small_config("critique", optim={"steps": 3}, checkpoint={"every": 0, "keep": 2})
+    whole = run_small(config, tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    collect = Session._collect
+
+    def failing_collect(session):
+        if session.step == 2:
+            raise FastsdError("the critic's text is too long")
+        return collect(session)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FastsdError, match="too long"):
+        patch.setattr(Session, "_collect", failing_collect)
+        run_small(config, run_dir)
+    assert [step for step, _ in checkpoints(run_dir)] == [2]
+    run_small(config.model_copy(update={"resume": "auto"}), run_dir)
+    assert losses(run_dir) == losses(whole)
+
+
+def test_a_second_signal_does_not_break_the_save(tmp_path):
+    config = small_config("critique", optim={"steps": 3}, checkpoint={"every": 0, "keep": 2})
+    save = Session.save
+
+    def saved_under_fire(session):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(session)
+
+    def interrupted_collect(session):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Session, "save", saved_under_fire)
+        patch.setattr(Session, "_collect", interrupted_collect)
+        run_small(config, tmp_path / "run")
+    assert checkpoints(tmp_path / "run")

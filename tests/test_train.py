@@ -174,7 +174,7 @@ def test_a_run_leaves_its_folder(tmp_path):
         "loss", "grad_norm", "lr", "reward/mean", "divergence/mean", "entropy/mean", "length/mean",
         "length/truncated_share", "feedback/cut_share", "feedback/missing_share", "memory/peak_mib",
         *(f"time/{phase}_s" for phase in PHASES),
-        *(f"tokens_per_s/{phase}" for phase in PHASES if phase != "optimizer"),
+        *(f"tokens_per_s/{phase}" for phase in PHASES),
     }  # fmt: skip
     assert wanted <= record.keys()
     table = pq.read_table(run / "completions" / "completions_00002.parquet")

@@ -170,7 +170,9 @@ def encode(renderer: PromptRenderer, prompt: Prompt, hint: str | None, response:
     if hint is None:
         prompt_ids = renderer.student(prompt)
     else:
-        prompt_ids = renderer.teacher(prompt, HINT_TEMPLATE, hint).ids
+        hinted = renderer.teacher(prompt, HINT_TEMPLATE, hint)
+        assert hinted is not None, "a hint of two short lines fits any limit"
+        prompt_ids = hinted.ids
     return prompt_ids, [*renderer.encode_text(response), renderer.tokenizer.eos_token_id]
 
 

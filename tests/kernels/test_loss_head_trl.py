@@ -33,7 +33,7 @@ def trl_logits(x):
     return student, teacher
 
 
-def compare(x, per_token_T, impl, budget, **options):
+def check_parity(x, per_token_T, impl, budget, **options):
     wrt = (x["student_TD"], x["head_VD"])
     theirs = (x["divergence_weight_T"] * per_token_T).sum()
     ours = fused_linear_loss(**x, temperature=TEMPERATURE, impl=impl, **options)
@@ -54,7 +54,7 @@ def test_compute_divergence(divergence, beta, alpha, impl, dtype, budget):
     per_token_T = loss_utils.compute_divergence(
         student.log_softmax(-1), teacher.log_softmax(-1), alpha
     )
-    compare(x, per_token_T, impl, budget, divergence=divergence, beta=beta)
+    check_parity(x, per_token_T, impl, budget, divergence=divergence, beta=beta)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
@@ -65,7 +65,7 @@ def test_topk_self_distillation(divergence, beta, alpha, tail, impl):
     per_token_T = loss_utils.compute_topk_self_distillation_loss(
         *trl_logits(x), distillation_topk=9, distillation_alpha=alpha, distillation_add_tail=tail
     )
-    compare(x, per_token_T, impl, 1e-11, divergence=divergence, beta=beta, top_k=9, tail=tail)
+    check_parity(x, per_token_T, impl, 1e-11, divergence=divergence, beta=beta, top_k=9, tail=tail)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
@@ -75,7 +75,7 @@ def test_sampled_token(impl):
     per_token_T = loss_utils.compute_sampled_token_self_distillation_loss(
         student, teacher, x["target_T"][None], distillation_alpha=1.0
     )[0]
-    compare(x, per_token_T, impl, 1e-11, divergence="sampled_token")
+    check_parity(x, per_token_T, impl, 1e-11, divergence="sampled_token")
 
 
 def test_importance_sampling_clip_is_a_divergence_weight():
