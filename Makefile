@@ -7,7 +7,7 @@ ARGS ?=
 
 python := $(VENV)/bin/python
 pip_install := $(python) -m pip install --disable-pip-version-check --quiet -c constraints.txt
-inputs := pyproject.toml setup.py constraints.txt
+inputs := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 # glibc gives large buffers back to the kernel and faults them in again on the next step.
 malloc := MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
           MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1
@@ -29,10 +29,9 @@ test: $(VENV)/installed-dev
 test-slow: $(VENV)/installed-dev
 	$(python) -m pytest -m "not gpu" $(ARGS)
 
+# Tests marked gpu, compute-sanitizer and the benches in one go; one dated file in bench/results.
 gpu-check: $(VENV)/installed-dev
-	@$(python) -c 'import sys, torch; torch.cuda.is_available() or \
-	    sys.exit("gpu-check: torch sees no CUDA device here; nothing was checked")'
-	$(python) -m pytest -m gpu $(ARGS)
+	$(python) -m bench.gpu_check $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -66,7 +66,7 @@ class Session:
         self.reward = load_reward(config.reward, self.task)
         self.policy = load_policy(config.model, device, dtype)
         self.renderer = PromptRenderer(self.policy.tokenizer, config.prompt)
-        self.loss_head = _loss_head(config.loss.impl)
+        self.loss_head = _loss_head(config.loss.impl, self.policy.head_VD)
         self.sampler = Sampler(self.policy, self.renderer, config.rollout)
         self.maker = feedback_maker(config, self.task)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
@@ -238,11 +238,11 @@ class Session:
         return [_sample_from_json(record, by_id[record["prompt"]]) for record in records]
 
 
-def _loss_head(impl: str) -> str:
+def _loss_head(impl: str, head_VD: torch.Tensor) -> str:
     """The loss head that will run; an implementation that is not here is the user's to change."""
     try:
-        return implementation_name(impl)
-    except (NotImplementedError, ValueError) as error:
+        return implementation_name(impl, head_VD.device, head_VD.dtype)
+    except (RuntimeError, ValueError) as error:
         raise FastsdError(f"loss.impl: {error}") from error
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
         fused_linear_loss,
         fused_linear_statistics,
     )
+    from .loss_head.sharded import (
+        vocabulary_sharded_linear_loss,
+        vocabulary_sharded_linear_statistics,
+    )
     from .sampling import sample_tokens
 
 _HOME = {
@@ -23,6 +27,8 @@ _HOME = {
     "fused_linear_statistics": "loss_head",
     "LossHeadOutput": "loss_head",
     "LossHeadStatistics": "loss_head",
+    "vocabulary_sharded_linear_loss": "loss_head.sharded",
+    "vocabulary_sharded_linear_statistics": "loss_head.sharded",
     "sample_tokens": "sampling",
 }
 
@@ -32,6 +38,8 @@ __all__ = [
     "fused_linear_loss",
     "fused_linear_statistics",
     "sample_tokens",
+    "vocabulary_sharded_linear_loss",
+    "vocabulary_sharded_linear_statistics",
 ]
 
 

@@ -131,8 +131,9 @@ def test_equal_streams_give_exactly_zero(options, tiny_chunks):
         head, bias = x["head_VD"], x["bias_V"]
         options = {k: v for k, v in options.items() if k != "clip"}
         out = fused_linear_loss(
-            hidden, head, x["target_T"], teacher_TD=hidden.detach().clone(), bias_V=bias, **options
-        )
+            hidden, head, x["target_T"], teacher_TD=hidden.detach().clone(), bias_V=bias,
+            impl="chunked", **options,
+        )  # fmt: skip
         out.loss.backward()
         assert out.loss.item() == 0.0 and not out.divergence_T.any()
         for name, leaf in (("student", hidden), ("head", head), ("bias", bias)):
@@ -189,7 +190,7 @@ def test_statistics_are_those_of_the_loss(tiny_chunks):
     mask_T = torch.rand(40) < 0.6
     common = {k: x[k] for k in ("student_TD", "head_VD", "target_T", "teacher_TD", "bias_V")}
     for options in ({"divergence": "reverse_kl"}, {"top_k": 5}, {"entry_clip": 0.01}):
-        loss = fused_linear_loss(**common, divergence_weight_T=mask_T, **options)
+        loss = fused_linear_loss(**common, divergence_weight_T=mask_T, impl="chunked", **options)
         for impl in ("chunked", "reference"):
             found = fused_linear_statistics(**common, mask_T=mask_T, **options, impl=impl)
             assert found.impl == impl and not found.divergence_T.requires_grad
@@ -209,7 +210,7 @@ def test_four_gemms_and_no_full_logits(monkeypatch):
             x["head_VD"].requires_grad_(not frozen)
             x["bias_V"].requires_grad_(not frozen)
             with WorkMeter() as meter, torch.set_grad_enabled(train):
-                loss = fused_linear_loss(**x, divergence="jsd").loss
+                loss = fused_linear_loss(**x, divergence="jsd", impl="chunked").loss
                 if train:
                     loss.backward()
             assert meter.product_flop == gemms * gemm, (dtype, frozen, train)
@@ -223,7 +224,7 @@ def test_masked_rows_cost_no_gemm():
     for name in ("policy_weight_T", "old_logprob_T", "entropy_weight_T"):
         del x[name]
     with WorkMeter() as meter:
-        fused_linear_loss(**x).loss.backward()
+        fused_linear_loss(**x, impl="chunked").loss.backward()
     assert meter.product_flop == 4 * 2 * 10 * 8 * 63
 
 
@@ -253,7 +254,7 @@ def test_the_same_head_named_twice_is_one_head(dtype):
     x = loss_head_inputs(20, 16, 63, dtype)
     once = evaluate(x, "chunked")
     with WorkMeter() as meter:
-        out = fused_linear_loss(**x, teacher_head_VD=x["head_VD"].detach())
+        out = fused_linear_loss(**x, teacher_head_VD=x["head_VD"].detach(), impl="chunked")
     assert torch.equal(out.loss, once["loss"]) and torch.equal(
         out.divergence_T, once["divergence_T"]
     )
@@ -286,12 +287,12 @@ def test_tied_head_used_twice():
 
 def test_backward_twice_and_under_autocast():
     x = loss_head_inputs(20, 16, 63, torch.float32)
-    out = fused_linear_loss(**x)
+    out = fused_linear_loss(**x, impl="chunked")
     first = torch.autograd.grad(out.loss, x["student_TD"], retain_graph=True)[0].clone()
     assert torch.equal(torch.autograd.grad(2 * out.loss, x["student_TD"])[0], 2 * first)
     x["student_TD"] = x["student_TD"].detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused_linear_loss(**x).loss.backward()
+        fused_linear_loss(**x, impl="chunked").loss.backward()
     assert x["head_VD"].grad.dtype == torch.float32
     assert x["student_TD"].grad.dtype == torch.bfloat16
 

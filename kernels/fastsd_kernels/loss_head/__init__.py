@@ -1,33 +1,33 @@
 """hidden x head -> divergences, log-probs, entropy and the gradient of the loss; never [T, V].
 
-The mathematics is `reference.py`; an implementation is a private module with the two functions
-that `contract.py` describes, and implementations never import each other. Here: the public
-interface and the choice of implementation. Rows that cannot contribute are dropped first.
+The mathematics is `reference.py`; an implementation is a private module with the functions that
+`contract.py` describes, and implementations never import each other. Here: the public interface.
+It checks, casts under autocast and calls the operators of `op.py`, which drop the rows that cannot
+contribute and choose the implementation.
 Shape suffixes: T rows (tokens), D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import (
-    Inputs,
-    LossHeadOutput,
-    LossHeadStatistics,
-    RowStatistics,
-    statistics_dtype,
-)
-from .validation import check_inputs, check_options, check_rows, check_terms
+from .contract import Inputs, LossHeadOutput, LossHeadStatistics, Options
+from .dispatch import implementation_choice, implementation_name
+from .op import STATISTICS, has_statistic, linear_loss, linear_statistics
+from .validation import autocast_dtype, check_inputs, check_options, check_terms
 
-__all__ = ["LossHeadOutput", "LossHeadStatistics", "fused_linear_loss", "fused_linear_statistics"]
-
-_BUILT = {"auto": "chunked", "reference": "reference", "chunked": "chunked"}
-_NOT_BUILT = ("native", "triton")
+__all__ = [
+    "LossHeadOutput",
+    "LossHeadStatistics",
+    "fused_linear_loss",
+    "fused_linear_statistics",
+    "implementation_choice",
+    "implementation_name",
+]
 
 
 def fused_linear_loss(
@@ -86,36 +86,40 @@ def fused_linear_loss(
             (tail=False). Which entries those are carries no gradient. None or V: full vocabulary.
         entry_clip: each summand of D_t is clamped to at most this before the sum (OPSD, arXiv
             2601.18734); a clamped summand has no gradient.
-        impl: "auto" (chunked today), "reference" or "chunked". An explicit choice never falls back.
+        impl: "auto" (triton on CUDA, native on CPUs, chunked where neither can run), "reference",
+            "chunked" (plain torch), "native" (C++) or "triton". An explicit choice never falls
+            back.
 
     A row whose given weights are all zero is dropped before any GEMM: its hidden states and target
     may hold anything, its statistics are 0. Weights are constants. Under autocast the matrices are
-    cast to the autocast dtype first.
+    cast to the autocast dtype first. The gradient is formed with the loss, so `.loss` is
+    differentiable once; it may be used in any graph, scaled by anything, and compiled with
+    fullgraph=True. While a CUDA graph is captured, values of weights and targets go unchecked.
 
     Returns: LossHeadOutput; `.loss` is fp32 (fp64 for fp64 inputs).
 
-    Raises: ValueError or TypeError naming the argument, what was found and what was expected;
-        NotImplementedError for an implementation that is not built.
+    Raises: ValueError or TypeError naming the argument, what was found and what was expected (while
+        compiling, inside the compiler's own exception); RuntimeError with the reason and what to
+        do for a named implementation that cannot run here.
     """
-    options = check_options(
-        head_VD, divergence=divergence, beta=beta, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, top_k=top_k, tail=tail, entry_clip=entry_clip,
-        clip=clip,
-    )  # fmt: skip
     inputs = Inputs(
         student_TD, head_VD, target_T, bias_V, teacher_TD, teacher_head_VD,
         divergence_weight_T, policy_weight_T, old_logprob_T, entropy_weight_T,
     )  # fmt: skip
-    check_inputs(inputs)
-    check_terms(inputs, options)
-    weights = [x for x in (divergence_weight_T, policy_weight_T, entropy_weight_T) if x is not None]
-    everything = teacher_TD is not None and divergence_weight_T is None
-    mask_T = None if everything else torch.stack([w != 0 for w in weights]).any(0)
-    inputs, rows_T = _keep(_prepared(inputs, everything), mask_T)
-    check_rows(inputs, rows_T)
-    implementation, name = _implementation(impl)
-    loss, found = implementation.loss(inputs, options)
-    return LossHeadOutput(loss=loss, impl=name, **_spread(found, rows_T, student_TD.shape[0]))
+    options = Options(
+        divergence, beta, temperature, logit_scale, softcap, top_k, tail, entry_clip, clip
+    )
+    if not torch.compiler.is_compiling():  # the operator and its fake check too
+        check_inputs(inputs)
+        check_terms(inputs, check_options(head_VD, **vars(options)))
+    inputs = _prepared(inputs)
+    name = _resolved(impl, inputs)
+    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
+    train = torch.is_grad_enabled()
+    wanted = [train and x is not None and x.requires_grad for x in leaves]
+    flat = (*vars(inputs).values(), *vars(options).values())
+    loss, _, _, _, *rows = linear_loss(*flat, name, wanted)
+    return LossHeadOutput(loss=loss, impl=name, **_named(rows, inputs, options))
 
 
 def fused_linear_statistics(
@@ -142,81 +146,42 @@ def fused_linear_statistics(
     Args as there; mask_T: [T] bool or numbers, rows where it is zero are dropped and report 0.
     Returns: LossHeadStatistics.  Raises: as `fused_linear_loss`.
     """
-    options = check_options(
-        head_VD, divergence=divergence, beta=beta, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, top_k=top_k, tail=tail, entry_clip=entry_clip,
-        clip=None,
-    )  # fmt: skip
     inputs = Inputs(student_TD, head_VD, target_T, bias_V, teacher_TD, teacher_head_VD)
-    check_inputs(inputs, mask_T)
-    with torch.no_grad():
-        kept = None if mask_T is None else mask_T != 0
-        inputs, rows_T = _keep(_prepared(inputs, unit_divergence=False), kept)
-        check_rows(inputs, rows_T)
-        implementation, name = _implementation(impl)
-        found = implementation.statistics(inputs, options)
-    return LossHeadStatistics(impl=name, **_spread(found, rows_T, student_TD.shape[0]))
+    options = Options(divergence, beta, temperature, logit_scale, softcap, top_k, tail, entry_clip)
+    if not torch.compiler.is_compiling():
+        check_inputs(inputs, mask_T)
+        check_options(head_VD, **vars(options))
+    inputs = _prepared(inputs)
+    name = _resolved(impl, inputs)
+    tensors, settings = list(vars(inputs).values())[:6], list(vars(options).values())[:-1]
+    rows = linear_statistics(*tensors, mask_T, *settings, name)
+    return LossHeadStatistics(impl=name, **_named(rows, inputs, options))
 
 
-def implementation_name(impl: str = "auto") -> str:
-    """What `impl` runs here: "auto" resolved, any other name checked. Raises as the ops do."""
-    return _implementation(impl)[1]
-
-
-def _implementation(impl: str):
-    if impl in _NOT_BUILT:
-        raise NotImplementedError(
-            f"impl={impl!r} is not built yet: use impl='chunked' (any device) or impl='auto'"
-        )
-    if impl not in _BUILT:
-        choices = ", ".join([*_BUILT, *_NOT_BUILT])
-        raise ValueError(f"impl: expected one of {choices}, got {impl!r}")
-    return import_module(f"{__name__}.{_BUILT[impl]}"), _BUILT[impl]
-
-
-def _prepared(inputs: Inputs, unit_divergence: bool) -> Inputs:
-    """Constants detached and in the statistics' dtype, matrices in the autocast dtype if any."""
-    device = inputs.student_TD.device.type
-    values = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
-    own = inputs.teacher_head_VD
-    if own is not None and own.is_set_to(inputs.head_VD):
-        values["teacher_head_VD"] = None  # the same memory: widened and read once
-    if torch.is_autocast_enabled(device):
+def _prepared(inputs: Inputs) -> Inputs:
+    """Matrices in the autocast dtype, if there is one; constants without a graph."""
+    values: dict[str, Any] = dict(vars(inputs))
+    dtype = autocast_dtype(inputs.student_TD.device)
+    if dtype is not None:
+        own = inputs.teacher_head_VD
+        if not torch.compiler.is_compiling() and own is not None and own.is_set_to(inputs.head_VD):
+            values["teacher_head_VD"] = None  # the same memory: cast once
         for name in ("student_TD", "head_VD", "teacher_TD", "teacher_head_VD"):
             if values[name] is not None:
-                values[name] = values[name].to(torch.get_autocast_dtype(device))
-    dtype = statistics_dtype(values["student_TD"])
+                values[name] = values[name].to(dtype)
     for name, value in values.items():
         if value is not None and name not in ("student_TD", "head_VD", "bias_V"):
             values[name] = value.detach()
-            if name.endswith("_T"):
-                values[name] = values[name].to(torch.int64 if name == "target_T" else dtype)
-    if unit_divergence:
-        values["divergence_weight_T"] = torch.ones_like(values["target_T"], dtype=dtype)
     return Inputs(**values)
 
 
-def _keep(inputs: Inputs, mask_T: Tensor | None) -> tuple[Inputs, Tensor | None]:
-    """The rows that count, and their indices; (all, None) when every row does."""
-    if mask_T is None:
-        return inputs, None
-    rows_T = mask_T.nonzero()[:, 0]
-    if rows_T.shape[0] == mask_T.shape[0]:
-        return inputs, None
-    values = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
-    by_row = ("_TD", "_T")
-    for name, value in values.items():
-        if value is not None and name.endswith(by_row):
-            values[name] = value.index_select(0, rows_T)
-    return Inputs(**values), rows_T
+def _resolved(impl: str, inputs: Inputs) -> str:
+    return implementation_name(impl, inputs.student_TD.device, inputs.student_TD.dtype)
 
 
-def _spread(found: RowStatistics, rows_T: Tensor | None, total: int) -> dict[str, Any]:
-    """Statistics back at their rows among all; 0 elsewhere."""
-    values = {field.name: getattr(found, field.name) for field in fields(RowStatistics)}
-    if rows_T is None:
-        return values
+def _named(rows: Sequence[Tensor], inputs: Inputs, options: Options) -> dict[str, Any]:
+    """Statistics by name, None where the call has no such thing."""
     return {
-        name: None if x is None else x.new_zeros(total).index_copy_(0, rows_T, x)
-        for name, x in values.items()
+        name: value_T if has_statistic(name, inputs, options) else None
+        for name, value_T in zip(STATISTICS, rows, strict=True)
     }

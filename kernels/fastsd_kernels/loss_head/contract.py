@@ -1,11 +1,13 @@
 """What every implementation of the loss head receives and returns.
 
-An implementation is a module with two functions over the rows that count (others are dropped
-before it is called):
+An implementation is a module with three functions. The first two see only the rows that count, at
+least one; weights and targets are cast, everything is detached, autocast is off:
 
-    loss(inputs, options)        -> (scalar with a graph, RowStatistics)
-    statistics(inputs, options)  -> RowStatistics
+    evaluate(inputs, options, wanted)  -> Evaluation, its loss's gradients formed on the way
+    statistics(inputs, options)        -> RowStatistics
+    why_not(device, dtype)             -> None where it can run, else the reason and what to do
 
+None of the tensors they return may share memory with another or with an input.
 Shape suffixes: T rows (tokens), D hidden size, V vocabulary.
 """
 
@@ -65,6 +67,20 @@ class RowStatistics:
     teacher_logprob_T: Tensor | None = None
     policy_clipped_T: Tensor | None = None
     entry_clipped_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns; nothing in it carries a graph.
+
+    loss: the scalar sum over rows, in the statistics' dtype.
+    gradients: dloss / d (student_TD, head_VD, bias_V), each in its input's dtype and shape; None
+    where `wanted`, three bools in this order, does not ask for it.
+    """
+
+    loss: Tensor
+    statistics: RowStatistics
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,56 @@ Shape suffixes: T rows, D hidden size, V vocabulary, K buckets of a divergence.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .contract import LOG_RATIO_LIMIT, Inputs, Options, RowStatistics, statistics_dtype
+from .contract import (
+    LOG_RATIO_LIMIT,
+    Evaluation,
+    Inputs,
+    Options,
+    RowStatistics,
+    statistics_dtype,
+)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def evaluate(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) -> Evaluation:
+    """The definition's value and, by autograd, its gradients."""
+    names = ("student_TD", "head_VD", "bias_V")
+    leaves = {
+        name: getattr(inputs, name).detach().requires_grad_()
+        for name, want in zip(names, wanted, strict=True)
+        if want
+    }
+    with _recording(bool(leaves)):
+        total, found = loss(replace(inputs, **leaves), options)
+        gradients = torch.autograd.grad(total, list(leaves.values())) if leaves else ()
+    by_name = dict(zip(leaves, gradients, strict=True))
+    d_student_TD, d_head_VD, d_bias_V = (by_name.get(name) for name in names)
+    return Evaluation(total.detach(), found, (d_student_TD, d_head_VD, d_bias_V))
+
+
+@contextmanager
+def _recording(enabled: bool):
+    """Autograd inside a custom op, which the dispatcher runs with autograd's keys excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    if enabled:
+        excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.set_grad_enabled(enabled):
+        yield
 
 
 def loss(inputs: Inputs, options: Options) -> tuple[Tensor, RowStatistics]:
+    """The definition, differentiable as often as one likes."""
     l_s_TV = _log_probs(inputs.student_TD, inputs.head_VD, inputs.bias_V, options)
     logprob_T = l_s_TV.gather(1, inputs.target_T[:, None])[:, 0]
     entropy_T = -(l_s_TV.exp() * l_s_TV).sum(-1)

@@ -102,7 +102,7 @@ def _check_row_vectors(inputs: Inputs, mask_T: Tensor | None, rows: int) -> None
 
 def _check_placement(inputs: Inputs, mask_T: Tensor | None) -> None:
     student = inputs.student_TD
-    autocast = torch.is_autocast_enabled(student.device.type)
+    autocast = autocast_dtype(student.device) is not None
     for name, value in {**vars(inputs), "mask_T": mask_T}.items():
         if value is None:
             continue
@@ -118,8 +118,15 @@ def _check_placement(inputs: Inputs, mask_T: Tensor | None) -> None:
             )
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts matrices to on the device; None where it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def check_terms(inputs: Inputs, options: Options) -> None:
-    """Options that need a tensor which is not there, or a loss of no terms."""
+    """Options that need a tensor which is not there, or a loss of no terms; no element read."""
     if inputs.teacher_TD is None:
         given = {
             "divergence_weight_T": inputs.divergence_weight_T,
@@ -141,6 +148,10 @@ def check_terms(inputs: Inputs, options: Options) -> None:
         raise ValueError(
             "clip: given without old_logprob_T; the ratio p_S / p_old that it clips needs it"
         )
+
+
+def check_weights(inputs: Inputs) -> None:
+    """Weights are finite on every row."""
     for name in ("divergence_weight_T", "policy_weight_T", "entropy_weight_T"):
         _finite(name, getattr(inputs, name), None)
 

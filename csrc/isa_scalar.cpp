@@ -1,0 +1,10 @@
+// Whatever the compiler targets by default: any processor.
+#define FASTSD_ISA scalar
+#define LANES 4
+#define BF16_DOT 0
+#include "implementation.h"
+
+const FastsdImplementation fastsd_scalar = {
+    "scalar", scalar::NR, scalar::scratch_bytes, scalar::borrowed_rows, scalar::statistics,
+    scalar::divergence_sums, scalar::top, scalar::gradient,
+};
