@@ -1,5 +1,5 @@
-// Sweep two: groups of columns; in each the gradient G of the chunk's rows, then both products on it
-// while it is in cache:
+// Sweep two: groups of columns; in each the gradient G of the chunk's rows, then both products on
+// it while it is in cache:
 //     d h [rows, D] += G [rows, group] W [group, D]         summed per thread, merged in order
 //     d W [group, D]  = G^T [group, rows] h [rows, D]       whole at once: written once, as bf16
 // G never goes to memory. Per group of 256 columns and 512 rows: 256 KB of G (bf16) and as much for
@@ -15,10 +15,17 @@ namespace FASTSD_ISA {
 constexpr int64_t GROUP = 8;  // panels
 constexpr int64_t G_STRIDE = GROUP * NR + LANES;
 
-template <class Word> struct StoredAs { typedef float type; };
-template <> struct StoredAs<Pair> { typedef uint16_t type; };
+template <class Word>
+struct StoredAs {
+    typedef float type;
+};
+template <>
+struct StoredAs<Pair> {
+    typedef uint16_t type;
+};
 
-template <class In, class Word> struct Backward {
+template <class In, class Word>
+struct Backward {
     typedef typename StoredAs<Word>::type G;
     const FastsdProblem& p;
     const FastsdGradient& g;
@@ -32,21 +39,32 @@ template <class In, class Word> struct Backward {
     Buffer<float> d_hidden;
 
     Backward(const FastsdProblem& problem, const FastsdGradient& gradient, FormRow kept)
-        : p(problem), g(gradient), project(problem), form_kept(kept),
+        : p(problem),
+          g(gradient),
+          project(problem),
+          form_kept(kept),
           form_again(choose_form<FASTSD_LOGITS>(problem, gradient)),
-          d_width((problem.width + NR - 1) / NR * NR), d_panels(d_width / NR),
-          depth(words<Word>(problem.rows)), again(problem.kept_rows < problem.rows),
-          rows(problem.rows), terms_of(problem.rows), b_h(gradient.d_head ? d_panels * depth * NR + PAD : 0),
+          d_width((problem.width + NR - 1) / NR * NR),
+          d_panels(d_width / NR),
+          depth(words<Word>(problem.rows)),
+          again(problem.kept_rows < problem.rows),
+          rows(problem.rows),
+          terms_of(problem.rows),
+          b_h(gradient.d_head ? d_panels * depth * NR + PAD : 0),
           d_hidden(gradient.d_student ? p.threads * p.rows * d_width : 0) {}
-    bool ok() const { return project.ok() && rows.ok() && terms_of.ok() && b_h.ok() && d_hidden.ok(); }
+    bool ok() const {
+        return project.ok() && rows.ok() && terms_of.ok() && b_h.ok() && d_hidden.ok();
+    }
 
     struct Work {  // one thread's
         typename Projection<In, Word>::Panel panel;
         Buffer<Scale> scales;
-        Buffer<G> gradient;         // [rows][G_STRIDE]
+        Buffer<G> gradient;           // [rows][G_STRIDE]
         Buffer<Word> a_g, a_gt, b_w;  // G as A of d h, of d W; W as B of d h
         explicit Work(const Backward& of)
-            : panel(of.project), scales(of.p.rows), gradient(of.p.rows * G_STRIDE + PAD),
+            : panel(of.project),
+              scales(of.p.rows),
+              gradient(of.p.rows * G_STRIDE + PAD),
               a_g(of.p.rows * words<Word>(GROUP * NR) + PAD),
               a_gt(GROUP * NR * of.depth + PAD),
               b_w(of.d_panels * words<Word>(GROUP * NR) * NR + PAD) {}
@@ -104,7 +122,8 @@ template <class In, class Word> struct Backward {
                 int64_t first = project.blocks.start(block), n = project.blocks.size(block);
                 if (first + n <= p.kept_rows) continue;
                 project.tile(work.panel, block, z);
-                for (int64_t row = first < p.kept_rows ? p.kept_rows : first; row < first + n; row++)
+                for (int64_t row = first < p.kept_rows ? p.kept_rows : first; row < first + n;
+                     row++)
                     put(work, row, i, bias, form_again, (const char*)(z + (row - first) * 2 * NR),
                         column);
             }
@@ -132,8 +151,8 @@ template <class In, class Word> struct Backward {
         for (int64_t d = 0; d < d_panels; d++)
             for (int64_t b = 0; b < project.blocks.count; b++) {
                 int64_t first = project.blocks.start(b);
-                product<Word>(project.blocks.size(b), work.a_g + first * k, work.b_w + d * k * NR, k,
-                              sum + first * d_width + d * NR, d_width, true);
+                product<Word>(project.blocks.size(b), work.a_g + first * k, work.b_w + d * k * NR,
+                              k, sum + first * d_width + d * NR, d_width, true);
             }
     }
 
@@ -144,8 +163,8 @@ template <class In, class Word> struct Backward {
         for (int64_t d = 0; d < d_panels; d++)
             for (int64_t b = 0; b < blocks.count; b++) {
                 int64_t first = blocks.start(b);
-                product<Word>(blocks.size(b), work.a_gt + first * depth, b_h + d * depth * NR, depth,
-                              tile, NR, false);
+                product<Word>(blocks.size(b), work.a_gt + first * depth, b_h + d * depth * NR,
+                              depth, tile, NR, false);
                 for (int i = 0; i < blocks.size(b); i++)
                     put_head(group * GROUP * NR + first + i, d * NR, tile + i * NR);
             }

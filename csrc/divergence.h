@@ -1,5 +1,5 @@
 // Between the sweeps, for divergences that need both normalisers first (JSD, entry_clip): per row
-// sum of the summands, sum of their slopes F (forward KL: less its -1), how many are held at the clip.
+// sum of the summands, sum of their slopes F (forward KL: less its -1), how many the clip holds.
 #pragma once
 #include <atomic>
 
@@ -23,8 +23,7 @@ FASTSD_INLINE void add_slot(const FastsdGradient& g, const Row& r, const char* d
             // As in form_row: both sweeps must hold the same entries at the clip.
             e = from_logits<true, NEEDS_LARGER<DIVERGENCE>>((const float*)data + h * LANES, r);
 #if BF16_DOT
-        else
-            e = from_compact<KEEP>(data, h, scale, r);
+        else e = from_compact<KEEP>(data, h, scale, r);
 #endif
         Terms t = terms<DIVERGENCE, true>(e, g.beta, CLIP ? g.entry_clip : 0.f);
         q.value += t.value;
@@ -34,7 +33,8 @@ FASTSD_INLINE void add_slot(const FastsdGradient& g, const Row& r, const char* d
 }
 
 // Segments of columns to threads, as in sweep one; partial sums merged in order.
-template <class In, class Word, int KEEP, int DIVERGENCE, bool CLIP> struct DivergenceSums {
+template <class In, class Word, int KEEP, int DIVERGENCE, bool CLIP>
+struct DivergenceSums {
     const FastsdProblem& p;
     const FastsdGradient& g;
     Projection<In, Word> project;
@@ -44,9 +44,14 @@ template <class In, class Word, int KEEP, int DIVERGENCE, bool CLIP> struct Dive
     Buffer<Row> rows;
 
     DivergenceSums(const FastsdProblem& problem, const FastsdGradient& gradient)
-        : p(problem), g(gradient), project(problem), again(problem.kept_rows < problem.rows),
-          all(panels(problem.vocabulary)), segments((all + SEGMENT - 1) / SEGMENT),
-          partials(segments * problem.rows * 3), rows(problem.rows) {}
+        : p(problem),
+          g(gradient),
+          project(problem),
+          again(problem.kept_rows < problem.rows),
+          all(panels(problem.vocabulary)),
+          segments((all + SEGMENT - 1) / SEGMENT),
+          partials(segments * problem.rows * 3),
+          rows(problem.rows) {}
 
     struct Work {
         typename Projection<In, Word>::Panel panel;
@@ -71,7 +76,8 @@ template <class In, class Word, int KEEP, int DIVERGENCE, bool CLIP> struct Dive
         });
         if (failed) return 1;
         memset(sums, 0, p.rows * 3 * sizeof(double));
-        for (int64_t i = 0; i < segments * p.rows * 3; i++) sums[i % (p.rows * 3)] += partials.data[i];
+        for (int64_t i = 0; i < segments * p.rows * 3; i++)
+            sums[i % (p.rows * 3)] += partials.data[i];
         return 0;
     }
 
@@ -102,9 +108,9 @@ template <class In, class Word, int KEEP, int DIVERGENCE, bool CLIP> struct Dive
             project.tile(work.panel, block, z);
             project.mask(work.panel, n, z);
             for (int64_t row = first < p.kept_rows ? p.kept_rows : first; row < first + n; row++)
-                add_slot<FASTSD_LOGITS, DIVERGENCE, CLIP>(
-                    g, rows.data[row], (const char*)(z + (row - first) * 2 * NR), {},
-                    work.totals.data[row]);
+                add_slot<FASTSD_LOGITS, DIVERGENCE, CLIP>(g, rows.data[row],
+                                                          (const char*)(z + (row - first) * 2 * NR),
+                                                          {}, work.totals.data[row]);
         }
     }
 };

@@ -1,4 +1,4 @@
-// The C functions: the best table of functions that the processor runs, or the one that FASTSD_CPU_ISA names.
+// The C functions: the best table that the processor runs, or the one that FASTSD_CPU_ISA names.
 #include "dispatch.h"
 
 #include <cstdint>
@@ -24,7 +24,9 @@ static bool runs(const char* name) {
 
 static const FastsdImplementation* const all[] = {
 #if defined(__x86_64__)
-    &fastsd_avx512_bf16, &fastsd_avx512, &fastsd_avx2,
+    &fastsd_avx512_bf16,
+    &fastsd_avx512,
+    &fastsd_avx2,
 #endif
     &fastsd_scalar,
 };

@@ -1,4 +1,4 @@
-// The driver of sweep one: segments of columns shared out to threads, panels within, blocks of rows.
+// The driver of sweep one: segments of columns for threads to take, panels within, blocks of rows.
 #pragma once
 #include <atomic>
 
@@ -7,15 +7,19 @@
 
 namespace FASTSD_ISA {
 
-template <class In, class Word, int KEEP, bool TEACHER> struct Forward {
+template <class In, class Word, int KEEP, bool TEACHER>
+struct Forward {
     const FastsdProblem& p;
     Projection<In, Word> project;
     int64_t all, segments;
     Buffer<Partial> partials;  // [segment][row]
 
     explicit Forward(const FastsdProblem& problem)
-        : p(problem), project(problem), all(panels(problem.vocabulary)),
-          segments((all + SEGMENT - 1) / SEGMENT), partials(segments * problem.rows) {}
+        : p(problem),
+          project(problem),
+          all(panels(problem.vocabulary)),
+          segments((all + SEGMENT - 1) / SEGMENT),
+          partials(segments * problem.rows) {}
 
     struct Work {  // one thread's
         typename Projection<In, Word>::Panel panel;
@@ -61,15 +65,15 @@ template <class In, class Word, int KEEP, bool TEACHER> struct Forward {
                 partial(work.sums.data[row], work.references.data[row]);
     }
 
-    FASTSD_INLINE_MEMBER void fold_row(Work& work, int64_t index, int64_t row, const float* z) const {
+    FASTSD_INLINE_MEMBER void fold_row(Work& work, int64_t index, int64_t row,
+                                       const float* z) const {
         float shift = (float)p.statistics[row * FASTSD_COLUMNS + FASTSD_SHIFT];
         Sums& q = work.sums.data[row];
         Reference& m = work.references.data[row];
         const vi* valid = work.panel.valid;
         if (KEEP != FASTSD_NOTHING && row < p.kept_rows)
             fold<KEEP, TEACHER>(q, m, shift, z, z + NR, valid, slot_of<KEEP>(p, index, row));
-        else
-            fold<FASTSD_NOTHING, TEACHER>(q, m, shift, z, z + NR, valid, {});
+        else fold<FASTSD_NOTHING, TEACHER>(q, m, shift, z, z + NR, valid, {});
     }
 };
 

@@ -5,7 +5,7 @@
 // A step reads 2 vectors of B (128 B) and MR words of A (56 B) for 28 multiply-adds:
 //     bf16   a word is a pair of neighbours along k; vdpbf16ps: 2 * 2 * 14 * 32 = 1,792 FLOP a step
 //     fp32   a word is one number; 2 * 14 * 32 = 896 FLOP a step
-// so at one or two multiply-adds a cycle 7 to 14 B a cycle come from L1 and L2, within what both give.
+// so one or two multiply-adds a cycle take 7 to 14 B a cycle from L1 and L2, within what they give.
 // A panel of B (NR columns) is 64 B x K in bf16: 36 KB at K = 576, 128 KB at K = 2048, 512 KB at
 // K = 8192, half of a 1 MB L2. Rows are cut into equal blocks of at most MR, so none is padding.
 //
@@ -21,9 +21,14 @@ constexpr int PAD = LANES;  // words that packing may write beyond its last bloc
 
 // What a packed word holds: bf16 pairs where the processor multiplies them, else one fp32.
 typedef uint32_t Pair;
-template <class Word> constexpr int DEPTH = 1;  // numbers of k in a word
-template <> constexpr int DEPTH<Pair> = 2;
-template <class Word> inline int64_t words(int64_t k) { return (k + DEPTH<Word> - 1) / DEPTH<Word>; }
+template <class Word>
+constexpr int DEPTH = 1;  // numbers of k in a word
+template <>
+constexpr int DEPTH<Pair> = 2;
+template <class Word>
+inline int64_t words(int64_t k) {
+    return (k + DEPTH<Word> - 1) / DEPTH<Word>;
+}
 
 // Equal blocks of at most MR rows: block b covers [start(b), start(b + 1)).
 struct Blocks {
@@ -40,10 +45,11 @@ FASTSD_INLINE void multiply_add(vf& c, Pair a, vf b) {
 }
 #endif
 
-// One register tile: a[depth][M], b[depth][NR] -> c[M][NR] with row stride c_stride. What is in c is
-// added at the end, not at the start: sums over groups of columns stay short, and more exact.
+// One register tile: a[depth][M], b[depth][NR] -> c[M][NR] with row stride c_stride. What is in c
+// is added at the end, not at the start: sums over groups of columns stay short, and more exact.
 template <int M, class Word>
-static void tile(const Word* a, const Word* b, int64_t depth, float* c, int64_t c_stride, bool add) {
+static void tile(const Word* a, const Word* b, int64_t depth, float* c, int64_t c_stride,
+                 bool add) {
     vf acc[M][2] = {};
     for (int64_t k = 0; k < depth; k++) {
         vf b0 = load((const float*)(b + k * NR)), b1 = load((const float*)(b + k * NR + LANES));
@@ -61,8 +67,10 @@ static void tile(const Word* a, const Word* b, int64_t depth, float* c, int64_t 
 }
 
 // Words of k summed in registers before they go to c.
-template <class Word> constexpr int64_t RUN = 128;
-template <> constexpr int64_t RUN<Pair> = 1024;
+template <class Word>
+constexpr int64_t RUN = 128;
+template <>
+constexpr int64_t RUN<Pair> = 1024;
 
 // m <= MR rows over the whole depth.
 template <class Word, int M = MR>

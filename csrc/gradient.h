@@ -13,7 +13,7 @@ namespace FASTSD_ISA {
 
 struct Terms {
     vf value, slope;  // the summand of D, and F / base
-    vf total;         // what is summed over entries for sum F: F / base, for forward KL F / base + v
+    vf total;  // what is summed over entries for sum F: F / base, for forward KL F / base + v
     vi held;
 };
 
@@ -28,7 +28,7 @@ template <int DIVERGENCE, bool VALUE>
 FASTSD_INLINE Terms terms(const Entry& e, float beta, float clip) {
     Terms out{};
     if constexpr (DIVERGENCE == FASTSD_JSD) {
-        // m / base = 1 + (the other stream's share in m) (ratio - 1), and log(p_s / base) is 0 or gap
+        // m / base = 1 + (the other stream's share in m) (ratio - 1); log(p_s / base) = 0 or gap
         vf share = e.student ? splat(beta) : splat(1.f - beta);
         vf r = log1p(share * e.ratio_less_1) - (e.student ? vf{} : e.gap);
         out.slope = e.u * r * (beta - 1.f);
@@ -58,9 +58,18 @@ struct Coefficients {
     const float* top_value;
 };
 
-FASTSD_INLINE Coefficients coefficients(const FastsdProblem& p, const FastsdGradient& g, int64_t row) {
-    Coefficients c{g.everywhere[row], g.weight ? g.weight[row] : 0, g.entropy ? g.entropy[row] : 0,
-                   g.pull[row], 0, 0, p.target[row], nullptr, nullptr, nullptr};
+FASTSD_INLINE Coefficients coefficients(const FastsdProblem& p, const FastsdGradient& g,
+                                        int64_t row) {
+    Coefficients c{g.everywhere[row],
+                   g.weight ? g.weight[row] : 0,
+                   g.entropy ? g.entropy[row] : 0,
+                   g.pull[row],
+                   0,
+                   0,
+                   p.target[row],
+                   nullptr,
+                   nullptr,
+                   nullptr};
     if (g.top_k) {
         c.tail = g.tail[row], c.rest = g.rest[row];
         c.top = g.top_index + row * g.top_k, c.top_end = c.top + g.top_k;
@@ -94,8 +103,8 @@ FASTSD_INLINE void correct(const FastsdGradient& g, const Coefficients& c, int64
 
 // g of one row and panel. `data`: its slot, or a tile computed again (KEEP = LOGITS).
 template <int KEEP, int DIVERGENCE, bool CLIP, bool TEACHER>
-static void form_row(const FastsdGradient& g, const Coefficients& c, const Row& row, const char* data,
-                     const Scale& scale, int64_t column, float* out) {
+static void form_row(const FastsdGradient& g, const Coefficients& c, const Row& row,
+                     const char* data, const Scale& scale, int64_t column, float* out) {
     (void)scale;
     alignas(64) float tail[NR] = {};
     for (int h = 0; h < 2; h++) {
@@ -124,7 +133,8 @@ static void form_row(const FastsdGradient& g, const Coefficients& c, const Row& 
 typedef void (*FormRow)(const FastsdGradient&, const Coefficients&, const Row&, const char*,
                         const Scale&, int64_t, float*);
 
-template <int KEEP> static FormRow choose_form(const FastsdProblem& p, const FastsdGradient& g) {
+template <int KEEP>
+static FormRow choose_form(const FastsdProblem& p, const FastsdGradient& g) {
     if (!p.teacher) return form_row<KEEP, FASTSD_NO_DIVERGENCE, false, false>;
     bool clip = g.entry_clip > 0;
     switch (g.divergence) {

@@ -14,11 +14,13 @@ typedef Pair Bf16Word;
 typedef float Bf16Word;  // widened while packing
 #endif
 
-template <class In, class Word, int KEEP> static int statistics_keeping(const FastsdProblem& p) {
+template <class In, class Word, int KEEP>
+static int statistics_keeping(const FastsdProblem& p) {
     return p.teacher ? Forward<In, Word, KEEP, true>(p).run()
                      : Forward<In, Word, KEEP, false>(p).run();
 }
-template <class In, class Word> static int statistics_of(const FastsdProblem& p) {
+template <class In, class Word>
+static int statistics_of(const FastsdProblem& p) {
     switch (p.keep) {
         case FASTSD_NOTHING: return statistics_keeping<In, Word, FASTSD_NOTHING>(p);
         case FASTSD_LOGITS: return statistics_keeping<In, Word, FASTSD_LOGITS>(p);

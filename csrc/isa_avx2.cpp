@@ -7,7 +7,13 @@
 #include "implementation.h"
 
 const FastsdImplementation fastsd_avx2 = {
-    "avx2", avx2::NR, avx2::scratch_bytes, avx2::borrowed_rows, avx2::statistics,
-    avx2::divergence_sums, avx2::top, avx2::gradient,
+    "avx2",
+    avx2::NR,
+    avx2::scratch_bytes,
+    avx2::borrowed_rows,
+    avx2::statistics,
+    avx2::divergence_sums,
+    avx2::top,
+    avx2::gradient,
 };
 #endif

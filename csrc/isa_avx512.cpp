@@ -7,7 +7,13 @@
 #include "implementation.h"
 
 const FastsdImplementation fastsd_avx512 = {
-    "avx512", avx512::NR, avx512::scratch_bytes, avx512::borrowed_rows, avx512::statistics,
-    avx512::divergence_sums, avx512::top, avx512::gradient,
+    "avx512",
+    avx512::NR,
+    avx512::scratch_bytes,
+    avx512::borrowed_rows,
+    avx512::statistics,
+    avx512::divergence_sums,
+    avx512::top,
+    avx512::gradient,
 };
 #endif

@@ -7,7 +7,13 @@
 #include "implementation.h"
 
 const FastsdImplementation fastsd_avx512_bf16 = {
-    "avx512_bf16", avx512_bf16::NR, avx512_bf16::scratch_bytes, avx512_bf16::borrowed_rows, avx512_bf16::statistics,
-    avx512_bf16::divergence_sums, avx512_bf16::top, avx512_bf16::gradient,
+    "avx512_bf16",
+    avx512_bf16::NR,
+    avx512_bf16::scratch_bytes,
+    avx512_bf16::borrowed_rows,
+    avx512_bf16::statistics,
+    avx512_bf16::divergence_sums,
+    avx512_bf16::top,
+    avx512_bf16::gradient,
 };
 #endif

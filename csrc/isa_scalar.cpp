@@ -5,6 +5,12 @@
 #include "implementation.h"
 
 const FastsdImplementation fastsd_scalar = {
-    "scalar", scalar::NR, scalar::scratch_bytes, scalar::borrowed_rows, scalar::statistics,
-    scalar::divergence_sums, scalar::top, scalar::gradient,
+    "scalar",
+    scalar::NR,
+    scalar::scratch_bytes,
+    scalar::borrowed_rows,
+    scalar::statistics,
+    scalar::divergence_sums,
+    scalar::top,
+    scalar::gradient,
 };

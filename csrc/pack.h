@@ -4,7 +4,7 @@
 //                 h for the logits (A), W for the logits (B), G for d h (A).
 //     pack_cols   k runs down the source rows: neighbouring columns are lanes already.
 //                 h for d W (B), G for d W (A), W for d h (B).
-// Source elements are bf16 (uint16_t) or fp32; words are bf16 pairs or fp32. Missing elements are 0.
+// Source elements are bf16 (uint16_t) or fp32; words are bf16 pairs or fp32; what is missing is 0.
 #pragma once
 #include "gemm.h"
 
@@ -29,9 +29,7 @@ FASTSD_INLINE vi words_at(const uint16_t* row, int64_t k, Pair) {
     memcpy(&v, row + 2 * k, sizeof v);
     return v;
 }
-FASTSD_INLINE vi words_at(const uint16_t* row, int64_t k, float) {
-    return halves(row + k) << 16;
-}
+FASTSD_INLINE vi words_at(const uint16_t* row, int64_t k, float) { return halves(row + k) << 16; }
 
 #if LANES == 16
 FASTSD_INLINE void transpose(vi w[LANES]) {
@@ -89,7 +87,8 @@ static void pack_rows_block(const In* rows, int64_t row_stride, int n, int64_t c
 
 // All rows as A: block after block, [word][rows of the block].
 template <class Word, class In>
-static void pack_rows_a(const In* rows, int64_t row_stride, Blocks blocks, int64_t count, Word* out) {
+static void pack_rows_a(const In* rows, int64_t row_stride, Blocks blocks, int64_t count,
+                        Word* out) {
     for (int64_t b = 0; b < blocks.count; b++) {
         int64_t first = blocks.start(b);
         pack_rows_block<Word>(rows + first * row_stride, row_stride, blocks.size(b), count,
@@ -115,7 +114,7 @@ FASTSD_INLINE vi column_words(const uint16_t* upper, const uint16_t* lower, Pair
     return halves(upper) | halves(lower) << 16;
 }
 
-// rows [count][n columns] -> out[word][stride], LANES columns a word. `readable` columns may be read.
+// rows [count][n columns] -> out[word][stride], LANES columns a word; `readable` columns exist.
 template <class Word, class In>
 static void pack_cols_block(const In* rows, int64_t row_stride, int n, int64_t readable,
                             int64_t count, Word* out, int64_t stride) {
@@ -136,9 +135,29 @@ static void pack_cols_block(const In* rows, int64_t row_stride, int n, int64_t r
     }
 }
 
+#if BF16_DOT
+// A whole panel of bf16 pairs: two rows interleaved by one permutation for each half.
+static void interleave_rows(const uint16_t* rows, int64_t row_stride, int64_t count, Pair* out) {
+    alignas(64) uint16_t order[2][32];
+    for (int i = 0; i < 64; i++) order[i / 32][i % 32] = (uint16_t)(i / 2 + i % 2 * 32);
+    __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    for (int64_t k = 0; k < words<Pair>(count); k++) {
+        const uint16_t* upper = rows + 2 * k * row_stride;
+        __m512i a = _mm512_loadu_si512(upper), b = _mm512_setzero_si512();
+        if (2 * k + 1 < count) b = _mm512_loadu_si512(upper + row_stride);
+        _mm512_storeu_si512(out + k * NR, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_storeu_si512(out + k * NR + LANES, _mm512_permutex2var_epi16(a, high, b));
+    }
+}
+#endif
+
 // n <= NR columns as one panel of B: [word][NR].
 template <class Word, class In>
 static void pack_cols_b(const In* rows, int64_t row_stride, int64_t n, int64_t count, Word* out) {
+#if BF16_DOT
+    if constexpr (DEPTH<Word> == 2)
+        if (n >= NR) return interleave_rows(rows, row_stride, count, out);
+#endif
     for (int half = 0; half < 2; half++) {
         int64_t here = n - half * LANES;
         here = here < 0 ? 0 : here > LANES ? LANES : here;
@@ -149,7 +168,8 @@ static void pack_cols_b(const In* rows, int64_t row_stride, int64_t n, int64_t c
 // Columns as A: blocks of columns, each [word][columns of the block]; rows are readable to LANES
 // columns beyond the last.
 template <class Word, class In>
-static void pack_cols_a(const In* rows, int64_t row_stride, Blocks blocks, int64_t count, Word* out) {
+static void pack_cols_a(const In* rows, int64_t row_stride, Blocks blocks, int64_t count,
+                        Word* out) {
     for (int64_t b = 0; b < blocks.count; b++) {
         int64_t first = blocks.start(b);
         pack_cols_block<Word>(rows + first, row_stride, blocks.size(b), LANES, count,

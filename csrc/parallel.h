@@ -1,6 +1,6 @@
 // Threads and memory: OpenMP as many threads as the caller says, 64-byte aligned buffers.
-// Built with FASTSD_STD_THREADS it uses std::thread, which ThreadSanitizer understands (libgomp's own
-// synchronisation it does not).
+// Built with FASTSD_STD_THREADS it uses std::thread, which ThreadSanitizer understands (libgomp's
+// own synchronisation it does not).
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -14,7 +14,8 @@
 namespace FASTSD_ISA {
 
 // body(thread) for thread = 0 .. threads - 1, side by side.
-template <class Body> inline void parallel(int threads, const Body& body) {
+template <class Body>
+inline void parallel(int threads, const Body& body) {
 #if defined(FASTSD_STD_THREADS)
     std::vector<std::thread> others;
     for (int i = 1; i < threads; i++) others.emplace_back([&body, i] { body(i); });
@@ -34,7 +35,8 @@ struct Share {
 };
 
 // Memory that is not there raises no exception: `ok` is false and the call returns 1.
-template <class T> struct Buffer {
+template <class T>
+struct Buffer {
     T* data = nullptr;
     int64_t count;
     explicit Buffer(int64_t n) : count(n) {

@@ -1,5 +1,5 @@
-// Tiles of scaled logits: z = softcap(scale * (h W^T + b)) for a block of rows and a panel of columns,
-// both streams, one packed panel of W for both where they share the head.
+// Tiles of scaled logits: z = softcap(scale * (h W^T + b)) for a block of rows and a panel of
+// columns, both streams, one packed panel of W for both where they share the head.
 //
 // A tile is [rows of the block][student NR, teacher NR]: the layout of kept logits (scratch.h).
 #pragma once
@@ -8,7 +8,8 @@
 
 namespace FASTSD_ISA {
 
-template <class In, class Word> struct Projection {
+template <class In, class Word>
+struct Projection {
     const FastsdProblem& p;
     bool teacher, own_head;
     int64_t depth_s, depth_t;
@@ -63,8 +64,8 @@ template <class In, class Word> struct Projection {
         int64_t first = blocks.start(block);
         product<Word>(n, a_s + first * depth_s, panel.b_s.data, depth_s, z, 2 * NR, false);
         if (teacher)
-            product<Word>(n, a_t + first * depth_t, (own_head ? panel.b_t : panel.b_s).data, depth_t,
-                          z + NR, 2 * NR, false);
+            product<Word>(n, a_t + first * depth_t, (own_head ? panel.b_t : panel.b_s).data,
+                          depth_t, z + NR, 2 * NR, false);
         if (panel.scaled) scale(panel, n, z);
     }
 

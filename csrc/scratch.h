@@ -1,11 +1,13 @@
 // What sweep one keeps of each logit pair for sweep two, and how sweep two reads it back.
 //
 // Layout: panel after panel, in it row after row, in that one slot of NR columns; so both sweeps
-// stream. bf16 inputs keep 4 B a pair in fp16: E = e^(z - m) and the gap less its shift; m is stored
-// once per row and panel, and stays close enough to the row's maximum for fp16's range (statistics.h). fp32 inputs, and options that must see logits, keep 8 B: z_s, z_t.
+// stream. bf16 inputs keep 4 B a pair in fp16: E = e^(z - m) and the gap less its shift; m is kept
+// once per row and panel, and stays close enough to the row's maximum for fp16's range
+// (statistics.h). fp32 inputs, and options that must see logits, keep 8 B: z_s, z_t.
 //
-// The first rows borrow the memory of d head: their slots of a panel lie where its NR rows of d head
-// will be written, once all slots of the panel have been read. That is room for D / 2 rows for nothing.
+// The first rows borrow the memory of d head: their slots of a panel lie where its NR rows of d
+// head will be written, once all slots of the panel have been read. That is room for about D / 2
+// rows for nothing.
 //
 // Every gradient is base * (a function of the gap), with base = p_s or, where p_t counts too, the
 // larger of both: u = p_s / base, v = p_t / base. Rounding E then scales both sides alike, so close
@@ -24,8 +26,11 @@ struct Slot {
     Reference* reference;
 };
 
-template <int KEEP> constexpr int SLOT_BYTES =
-    NR * (KEEP == FASTSD_STUDENT ? 2 : KEEP == FASTSD_LOGITS ? 8 : KEEP == FASTSD_NOTHING ? 0 : 4);
+template <int KEEP>
+constexpr int SLOT_BYTES = NR * (KEEP == FASTSD_STUDENT   ? 2
+                                 : KEEP == FASTSD_LOGITS  ? 8
+                                 : KEEP == FASTSD_NOTHING ? 0
+                                                          : 4);
 
 FASTSD_INLINE int64_t slot_bytes(int32_t keep) {
     return keep == FASTSD_LOGITS    ? SLOT_BYTES<FASTSD_LOGITS>
@@ -42,11 +47,13 @@ FASTSD_INLINE Slot slot_at(const FastsdProblem& p, int64_t panel, int64_t row, i
     Reference* references = (Reference*)(others + panels(p.vocabulary) * own * bytes);
     char* data = others + (panel * own + row - p.borrowed_rows) * bytes;
     if (row < p.borrowed_rows)
-        data = panel < p.vocabulary / NR ? (char*)p.borrowed + panel * p.borrowed_stride + row * bytes
-                                         : (char*)p.scratch + row * bytes;
+        data = panel < p.vocabulary / NR
+                   ? (char*)p.borrowed + panel * p.borrowed_stride + row * bytes
+                   : (char*)p.scratch + row * bytes;
     return {data, references + panel * p.kept_rows + row};
 }
-template <int KEEP> FASTSD_INLINE Slot slot_of(const FastsdProblem& p, int64_t panel, int64_t row) {
+template <int KEEP>
+FASTSD_INLINE Slot slot_of(const FastsdProblem& p, int64_t panel, int64_t row) {
     return slot_at(p, panel, row, SLOT_BYTES<KEEP>);
 }
 // The same of whatever form the problem keeps (no references with kept logits).
@@ -55,7 +62,9 @@ FASTSD_INLINE Slot kept_slot(const FastsdProblem& p, int64_t panel, int64_t row)
 }
 
 #if BF16_DOT
-FASTSD_INLINE __m256i half_of(vf x) { return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+FASTSD_INLINE __m256i half_of(vf x) {
+    return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
 FASTSD_INLINE vf of_half(const void* p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -76,7 +85,8 @@ FASTSD_INLINE void keep(const Slot& slot, Reference m, float shift, const vf s[2
         }
     }
 #if BF16_DOT
-    if constexpr (KEEP == FASTSD_STUDENT || KEEP == FASTSD_STUDENT_GAP || KEEP == FASTSD_LARGER_GAP) {
+    if constexpr (KEEP == FASTSD_STUDENT || KEEP == FASTSD_STUDENT_GAP ||
+                  KEEP == FASTSD_LARGER_GAP) {
         uint16_t* out = (uint16_t*)slot.data;
         *slot.reference = m;
         for (int h = 0; h < 2; h++) {
@@ -127,7 +137,8 @@ FASTSD_INLINE void set_ratio(Entry& e, vi student) {
 }
 
 // Kept logits, or a tile computed again: z[2][NR]. LARGER: p_t is wanted.
-template <bool TEACHER, bool LARGER> FASTSD_INLINE Entry from_logits(const float* z, const Row& r) {
+template <bool TEACHER, bool LARGER>
+FASTSD_INLINE Entry from_logits(const float* z, const Row& r) {
     Entry e{};
     vf z_s = load(z);
     e.l_s = (z_s - r.lse_s) - r.lse_s_low;

@@ -5,7 +5,7 @@
 // kept lane by lane in fp32 over a segment of columns, then merged over segments in fp64 in order:
 // the result does not depend on threads, on the batch, or on the row's place in it. The shift,
 // z_s[y] - z_t[y], takes the part that both streams share off the gap, so KL does not cancel.
-// Moving m is rare (a logit 10 above it), so the fold is branch-free in practice; and e^10 fits fp16.
+// Moving m is rare (a logit 10 above it), so the fold hardly branches; and e^10 fits fp16.
 #pragma once
 #include <cmath>
 
@@ -72,7 +72,8 @@ FASTSD_INLINE Partial partial(const Sums& q, Reference m) {
 }
 
 // One row's segments, in order -> its statistics.
-static void merge(const Partial* part, int64_t stride, int64_t segments, bool teacher, double* out) {
+static void merge(const Partial* part, int64_t stride, int64_t segments, bool teacher,
+                  double* out) {
     double m_s = part[0].m_s, m_t = part[0].m_t, s_s = 0, u_s = 0, e_s = 0, s_t = 0, u_t = 0;
     for (int64_t i = 1; i < segments; i++) {
         m_s = fmax(m_s, part[i * stride].m_s);

@@ -1,7 +1,7 @@
 // The k largest student logits of each row, exactly, from kept logits; ties go to the lower index.
 //
 // The k-th largest of the panels' maxima bounds the k-th largest logit from below, so that few
-// candidates remain to be ordered. Also the log mass outside, summed from the outside: no cancellation.
+// candidates remain to be ordered. Also the log mass outside, summed there: no cancellation.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -33,9 +33,10 @@ static double log_rest(float* z, int64_t padded, const Candidate* picked, int64_
     for (int64_t i = 0; i < padded; i += LANES) most = maximum(most, load(z + i));
     float m = largest(most);
     double total = 0;
-    for (int64_t start = 0; start < padded; start += 4096) {
+    const int64_t run = 128 * LANES;  // as many additions a lane as in sweep one
+    for (int64_t start = 0; start < padded; start += run) {
         vf part{};
-        int64_t stop = start + 4096 < padded ? start + 4096 : padded;
+        int64_t stop = start + run < padded ? start + run : padded;
         for (int64_t i = start; i < stop; i += LANES) {
             vf x = load(z + i);
             part += x > -1e29f ? exponential(x - m) : vf{};
@@ -52,12 +53,13 @@ struct TopRow {
         : vocabulary(v), padded(panels(v) * NR), k(top), found(v), maxima(panels(v)) {}
     bool ok() const { return found.ok() && maxima.ok(); }
 
-    // What orders entries: not a number counts as the largest, as in torch.topk.
-    static float rank(float z) { return z == z ? z : INFINITY; }
+    // What orders entries: not a number counts as the largest, as in torch.topk; nothing is below
+    // the padding, so that a bound from panels' maxima never leaves fewer than k.
+    static float rank(float z) { return z != z ? INFINITY : z < -1e30f ? -1e30f : z; }
 
     // z: [padded], -1e30 beyond the vocabulary. The first k of `found` are the result.
     void select(const float* z) {
-        float bound = -INFINITY;
+        float bound = -1e30f;
         int64_t all = padded / NR, n = 0;
         if (k < all) {
             for (int64_t i = 0; i < all; i++)

@@ -34,7 +34,7 @@ from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
 from fastsd.types import CheckpointError, FastsdError, Feedback, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
-from fastsd_kernels.loss_head import implementation_name
+from fastsd_kernels.loss_head import implementation_choice
 
 # Settings that a resumed run may change: none of them moves a weight.
 _FREE_ON_RESUME = ("run", "resume", "seeds", "threads", "checkpoint", "eval")
@@ -241,9 +241,10 @@ class Session:
 def _loss_head(impl: str, head_VD: torch.Tensor) -> str:
     """The loss head that will run; an implementation that is not here is the user's to change."""
     try:
-        return implementation_name(impl, head_VD.device, head_VD.dtype)
+        name, why = implementation_choice(impl, head_VD.device, head_VD.dtype)
     except (RuntimeError, ValueError) as error:
         raise FastsdError(f"loss.impl: {error}") from error
+    return f"{name} ({why})"
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

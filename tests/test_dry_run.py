@@ -1,6 +1,7 @@
 """--dry-run on the paper's recipe with a tiny random Qwen3 that has the real chat template."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
     )
     output = capsys.readouterr().out
     assert code == 0, output
-    assert "loss_head: chunked" in output and "full rows" in output
+    # The head is bf16 or fp32 as the processor has it; either runs natively where there is g++.
+    assert re.search(r"loss_head: (native \(the fastest on cpu|chunked \(native is not)", output)
+    assert "full rows" in output
     assert "response 2048 tokens" in output and "optimizer moments" in output
     if condition == "reference":
         shared, _, rest = output.partition("student goes on:")

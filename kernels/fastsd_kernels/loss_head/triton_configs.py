@@ -64,9 +64,6 @@ class TileConfig:
         tile = f"{self.BLOCK_T}x{self.BLOCK_V}x{self.BLOCK_D}/{self.PIECES}"
         return f"{tile} warps {self.num_warps} stages {self.num_stages}"
 
-    def launch(self) -> dict[str, Any]:
-        return {**vars(self), "enable_fp_fusion": False}
-
 
 # Vocabulary columns of a split: a multiple of every BLOCK_V, the same for all architectures.
 SPLIT_COLUMNS = 4096
@@ -78,8 +75,8 @@ _TILES: dict[str, dict[tuple[str, str, int], TileConfig]] = {
     "default": {
         ("16-bit", "pointers", 2): TileConfig(64, 128, 32, 4, 8, 4),
         ("16-bit", "pointers", 1): TileConfig(128, 128, 32, 4, 8, 4),
-        ("16-bit", "scalar", 2): TileConfig(32, 64, 16, 1, 8, 2),
-        ("16-bit", "scalar", 1): TileConfig(32, 64, 16, 1, 8, 2),
+        ("16-bit", "scalar", 2): TileConfig(64, 64, 16, 2, 8, 2),
+        ("16-bit", "scalar", 1): TileConfig(64, 64, 16, 2, 8, 2),
         ("fp32", "pointers", 2): TileConfig(64, 64, 16, 1, 8, 2),
         ("fp32", "pointers", 1): TileConfig(64, 64, 16, 1, 8, 2),
         ("fp32", "scalar", 2): TileConfig(32, 64, 16, 1, 8, 2),
@@ -115,7 +112,7 @@ def architecture(capability: Capability) -> str:
     """
     known = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
     known[(9, 4)] = "gfx942"
-    return "default" if capability is None else known.get(tuple(capability), "default")
+    return "default" if capability is None else known.get(capability, "default")
 
 
 def row_config(capability: Capability, kernel: str) -> dict[str, int]:

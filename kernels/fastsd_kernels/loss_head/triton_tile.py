@@ -28,11 +28,12 @@ from itertools import product
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import Options
 from .triton_configs import SPLIT_COLUMNS, AotCase, Capability, TileConfig, tile_config
-from .triton_rows import logit_factors
+from .triton_rows import launch, logit_factors
 from .triton_tile_kernels import merge_kernel, row_sums_kernel
 
 # Row blocks that walk the splits together: their hidden states stay in L2, a head tile serves all.
@@ -141,22 +142,22 @@ def _launch_row_sums(
     ]  # fmt: skip
     strides = [None if x is None else x.stride(0) for x in matrices]
     inner, outer = logit_factors(options)
-    row_sums_kernel[(row_blocks * splits,)](
-        *tiles, bias_V, target_T, shift_T, partial_P9T,
+    launch(
+        row_sums_kernel, row_blocks * splits, *tiles, bias_V, target_T, shift_T, partial_P9T,
         rows, vocabulary, width, None if teacher_head_VD is None else teacher_head_VD.shape[1],
         *strides, row_blocks, splits, inner, outer,
         HAS_TEACHER=teacher_TD is not None, OWN_HEAD=teacher_head_VD is not None,
         HAS_BIAS=bias_V is not None, HAS_SHIFT=shift_T is not None and teacher_TD is not None,
-        SOFTCAP=options.softcap is not None, UPCAST=triton.knobs.runtime.interpret,
-        SPLIT=SPLIT_COLUMNS, GROUP=_GROUP, **config.launch(),
+        SOFTCAP=options.softcap is not None, UPCAST=knobs.runtime.interpret,
+        SPLIT=SPLIT_COLUMNS, GROUP=_GROUP, **vars(config),
     )  # fmt: skip
 
 
 def _launch_merge(partial_P9T: Tensor, sums_T9: Tensor, teacher: bool) -> None:
     rows = sums_T9.shape[0]
-    merge_kernel[(triton.cdiv(rows, _MERGE_ROWS),)](
-        partial_P9T, sums_T9, rows, partial_P9T.shape[0], HAS_TEACHER=teacher,
-        BLOCK_T=_MERGE_ROWS, num_warps=4, enable_fp_fusion=False,
+    launch(
+        merge_kernel, triton.cdiv(rows, _MERGE_ROWS), partial_P9T, sums_T9, rows,
+        partial_P9T.shape[0], HAS_TEACHER=teacher, BLOCK_T=_MERGE_ROWS, num_warps=4,
     )  # fmt: skip
 
 
