@@ -1,6 +1,7 @@
 // 256-bit vectors with fused multiply-add: Haswell, Zen 1 and later.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+#pragma GCC visibility push(hidden)
 #define FASTSD_ISA avx2
 #define LANES 8
 #define BF16_DOT 0

@@ -1,6 +1,7 @@
 // 512-bit vectors, bf16 widened to fp32 while packing.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#pragma GCC visibility push(hidden)
 #define FASTSD_ISA avx512
 #define LANES 16
 #define BF16_DOT 0

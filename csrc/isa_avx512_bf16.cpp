@@ -1,6 +1,7 @@
 // bf16 products by vdpbf16ps: Zen 4 and 5, Cooper Lake, Sapphire Rapids and later.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#pragma GCC visibility push(hidden)
 #define FASTSD_ISA avx512_bf16
 #define LANES 16
 #define BF16_DOT 1

@@ -1,4 +1,5 @@
 // Whatever the compiler targets by default: any processor.
+#pragma GCC visibility push(hidden)
 #define FASTSD_ISA scalar
 #define LANES 4
 #define BF16_DOT 0

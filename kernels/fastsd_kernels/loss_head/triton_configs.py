@@ -73,15 +73,16 @@ SPLIT_COLUMNS = 4096
 # IEEE fp32 on the plain cores. An architecture takes from "default" what it does not list.
 _TILES: dict[str, dict[tuple[str, str, int], TileConfig]] = {
     "default": {
-        ("16-bit", "pointers", 2): TileConfig(64, 128, 32, 4, 8, 4),
+        ("16-bit", "pointers", 2): TileConfig(64, 64, 64, 2, 8, 3),
         ("16-bit", "pointers", 1): TileConfig(128, 128, 32, 4, 8, 4),
         ("16-bit", "scalar", 2): TileConfig(64, 64, 16, 2, 8, 2),
         ("16-bit", "scalar", 1): TileConfig(64, 64, 16, 2, 8, 2),
         ("fp32", "pointers", 2): TileConfig(64, 64, 16, 1, 8, 2),
         ("fp32", "pointers", 1): TileConfig(64, 64, 16, 1, 8, 2),
-        ("fp32", "scalar", 2): TileConfig(32, 64, 16, 1, 8, 2),
-        ("fp32", "scalar", 1): TileConfig(32, 64, 16, 1, 8, 2),
+        ("fp32", "scalar", 2): TileConfig(32, 32, 16, 2, 8, 2),
+        ("fp32", "scalar", 1): TileConfig(32, 32, 16, 2, 8, 2),
     },
+    "sm_80": {("16-bit", "pointers", 2): TileConfig(64, 128, 32, 4, 8, 4)},
     "sm_90": {
         ("16-bit", "tma", 2): TileConfig(128, 128, 64, 2, 8, 3, TMA=True),
         ("16-bit", "tma", 1): TileConfig(128, 256, 64, 4, 8, 3, TMA=True),
