@@ -1,6 +1,6 @@
 """The tile kernel: its interpreted tests in a process of their own, its table, and on a GPU.
 
-The GPU tests have not run yet: no GPU was at hand.
+The tests marked gpu have not run on a GPU yet.
 """
 
 from __future__ import annotations
