@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         vocabulary_sharded_linear_loss,
         vocabulary_sharded_linear_statistics,
     )
+    from .prefix_attention import PrefixTree, shared_prefix_attention
     from .sampling import sample_tokens
 
 _HOME = {
@@ -29,15 +30,19 @@ _HOME = {
     "LossHeadStatistics": "loss_head",
     "vocabulary_sharded_linear_loss": "loss_head.sharded",
     "vocabulary_sharded_linear_statistics": "loss_head.sharded",
+    "PrefixTree": "prefix_attention",
+    "shared_prefix_attention": "prefix_attention",
     "sample_tokens": "sampling",
 }
 
 __all__ = [
     "LossHeadOutput",
     "LossHeadStatistics",
+    "PrefixTree",
     "fused_linear_loss",
     "fused_linear_statistics",
     "sample_tokens",
+    "shared_prefix_attention",
     "vocabulary_sharded_linear_loss",
     "vocabulary_sharded_linear_statistics",
 ]

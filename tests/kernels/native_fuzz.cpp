@@ -3,7 +3,7 @@
 //     native_fuzz SEED CASES [SHORT]
 //
 // Every buffer is malloc'd at exactly its documented size: one element too many is a report.
-// SHORT names a buffer that gets one element less, a proof that this would be seen; or it is "race",
+// SHORT names a buffer that gets one element less, a proof that this would be seen; or is "race",
 // and two threads call with the same results. Beside the sanitizers' reports it checks what costs
 // little: results are finite, statistics in their ranges, picked indices ascend, and a row's logit
 // gradient sums to 0, seen in the bias's gradient.

@@ -6,6 +6,8 @@ dim.
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -89,3 +91,20 @@ def check(found: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
         allowed = budget(dtype, len(found[0]), name != "out")
         assert relative_error(mine, true) < allowed, name
     assert len(found) == len(exact)
+
+
+def random_tree(seed: int) -> PrefixTree:
+    """Any depth, several roots, empty segments, depth-first by construction."""
+    rng = random.Random(seed)
+    lengths, parents = [], []
+
+    def grow(parent: int | None, depth: int) -> None:
+        index = len(lengths)
+        lengths.append(rng.choice([0, 1, 1, 2, 3, 7]))
+        parents.append(parent)
+        for _ in range(rng.randrange(0, 4 - depth)):
+            grow(index, depth + 1)
+
+    for _ in range(rng.randrange(1, 3)):
+        grow(None, 0)
+    return PrefixTree(lengths, parents, outside=rng.choice([0, 1]))
