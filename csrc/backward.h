@@ -7,8 +7,8 @@
 #pragma once
 #include <atomic>
 
+#include "again.h"
 #include "gradient.h"
-#include "projection.h"
 
 namespace FASTSD_ISA {
 
@@ -30,24 +30,23 @@ struct Backward {
     const FastsdProblem& p;
     const FastsdGradient& g;
     Projection<In, Word> project;
-    FormRow form_kept, form_again;
+    Again<In, Word> again;
+    FormRow form_one;
     int64_t d_width, d_panels, depth;  // D in whole panels; words of k = rows
-    bool again;                        // are some rows' logits computed again?
     Buffer<Row> rows;
     Buffer<Coefficients> terms_of;
     Buffer<Word> b_h;  // h as B of d W: [D panel][word][NR]
     Buffer<float> d_hidden;
 
-    Backward(const FastsdProblem& problem, const FastsdGradient& gradient, FormRow kept)
+    Backward(const FastsdProblem& problem, const FastsdGradient& gradient, FormRow form)
         : p(problem),
           g(gradient),
           project(problem),
-          form_kept(kept),
-          form_again(choose_form<FASTSD_LOGITS>(problem, gradient)),
+          again(project),
+          form_one(form),
           d_width((problem.width + NR - 1) / NR * NR),
           d_panels(d_width / NR),
           depth(words<Word>(problem.rows)),
-          again(problem.kept_rows < problem.rows),
           rows(problem.rows),
           terms_of(problem.rows),
           b_h(gradient.d_head ? d_panels * depth * NR + PAD : 0),
@@ -57,25 +56,25 @@ struct Backward {
     }
 
     struct Work {  // one thread's
-        typename Projection<In, Word>::Panel panel;
+        typename Again<In, Word>::Work again;
         Buffer<Scale> scales;
         Buffer<G> gradient;           // [rows][G_STRIDE]
         Buffer<Word> a_g, a_gt, b_w;  // G as A of d h, of d W; W as B of d h
         explicit Work(const Backward& of)
-            : panel(of.project),
+            : again(of.project),
               scales(of.p.rows),
               gradient(of.p.rows * G_STRIDE + PAD),
               a_g(of.p.rows * words<Word>(GROUP * NR) + PAD),
               a_gt(GROUP * NR * of.depth + PAD),
               b_w(of.d_panels * words<Word>(GROUP * NR) * NR + PAD) {}
         bool ok() const {
-            return panel.ok() && scales.ok() && gradient.ok() && a_g.ok() && a_gt.ok() && b_w.ok();
+            return again.ok() && scales.ok() && gradient.ok() && a_g.ok() && a_gt.ok() && b_w.ok();
         }
     };
 
     int run() {
         if (!ok()) return 1;
-        if (again) project.pack();
+        if (again.needed) project.pack();
         for (int64_t row = 0; row < p.rows; row++) {
             rows.data[row] = row_of(p.statistics + row * FASTSD_COLUMNS, project.teacher);
             terms_of.data[row] = coefficients(p, g, row);
@@ -91,8 +90,14 @@ struct Backward {
             if (!work.ok()) return (void)(failed = true);
             float* sum = g.d_student ? d_hidden + thread * p.rows * d_width : nullptr;
             if (sum) memset(sum, 0, p.rows * d_width * sizeof(float));
-            Share share(groups, thread, p.threads);
-            for (int64_t group = share.first; group < share.last; group++) {
+            // Whole segments, which rows computed again need, unless too few to share out.
+            constexpr int64_t IN_SEGMENT = SEGMENT / GROUP;
+            int64_t many = 4 * p.threads * IN_SEGMENT;
+            int64_t whole = again.needed || groups >= many ? IN_SEGMENT : 1;
+            Share share((groups + whole - 1) / whole, thread, p.threads);
+            int64_t last = share.last * whole < groups ? share.last * whole : groups;
+            for (int64_t group = share.first * whole; group < last; group++) {
+                if (group % whole == 0) again.start_segment(work.again);
                 form(work, group);
                 if (sum) add_hidden(work, group, sum);
                 if (g.d_head) write_head(work, group);
@@ -110,31 +115,25 @@ struct Backward {
 
     // work.gradient <- G of this group.
     void form(Work& work, int64_t group) const {
-        alignas(64) float z[MR * 2 * NR], bias[NR];
+        alignas(64) float bias[NR];
         for (int64_t i = 0; i * NR < columns(group); i++) {
             int64_t index = group * GROUP + i, column = index * NR;
             memset(bias, 0, sizeof bias);
+            auto put_row = [&](int64_t row, const char* data, const Scale& scale) {
+                put(work, row, i, bias, data, scale, column);
+            };
             scales_of(p, index, rows.data, work.scales.data);
             for (int64_t row = 0; row < p.kept_rows; row++)
-                put(work, row, i, bias, form_kept, kept_slot(p, index, row).data, column);
-            if (again) project.fetch(work.panel, index);
-            for (int64_t block = 0; again && block < project.blocks.count; block++) {
-                int64_t first = project.blocks.start(block), n = project.blocks.size(block);
-                if (first + n <= p.kept_rows) continue;
-                project.tile(work.panel, block, z);
-                for (int64_t row = first < p.kept_rows ? p.kept_rows : first; row < first + n;
-                     row++)
-                    put(work, row, i, bias, form_again, (const char*)(z + (row - first) * 2 * NR),
-                        column);
-            }
+                put_row(row, kept_slot(p, index, row).data, work.scales.data[row]);
+            again.panel(work.again, index, rows.data, put_row);
             for (int64_t j = 0; g.d_bias && j < NR && column + j < p.vocabulary; j++)
                 g.d_bias[column + j] += bias[j];
         }
     }
-    void put(Work& work, int64_t row, int64_t i, float* bias, FormRow form_one, const char* data,
+    void put(Work& work, int64_t row, int64_t i, float* bias, const char* data, const Scale& scale,
              int64_t column) const {
         alignas(64) float out[NR];
-        form_one(g, terms_of.data[row], rows.data[row], data, work.scales.data[row], column, out);
+        form_one(g, terms_of.data[row], rows.data[row], data, scale, column, out);
         for (int h = 0; h < 2; h++) {
             vf x = load(out + h * LANES);
             narrow(work.gradient + row * G_STRIDE + i * NR + h * LANES, x);

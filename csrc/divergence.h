@@ -3,15 +3,15 @@
 #pragma once
 #include <atomic>
 
+#include "again.h"
 #include "gradient.h"
-#include "projection.h"
-#include "statistics.h"
 
 namespace FASTSD_ISA {
 
 struct Totals {
-    vf value, slope, held;
+    vf value, slope, held, mass_s, mass_t;
 };
+constexpr int TOTALS = 5;
 
 template <int KEEP, int DIVERGENCE, bool CLIP>
 FASTSD_INLINE void add_slot(const FastsdGradient& g, const Row& r, const char* data,
@@ -29,7 +29,16 @@ FASTSD_INLINE void add_slot(const FastsdGradient& g, const Row& r, const char* d
         q.value += t.value;
         q.slope += e.base * t.total;
         if (CLIP) q.held += t.held ? splat(1.f) : vf{};
+        if (KEEP != FASTSD_LOGITS) q.mass_s += e.base * e.u, q.mass_t += e.base * e.v;
     }
+}
+
+// Rounded probabilities do not sum to 1. On a confident row that would be all there is, so both
+// parts of a JSD are divided by the mass they were summed with: sum F is the student's part.
+FASTSD_INLINE void divide_by_mass(double* q) {
+    double teacher = q[0] - q[1];
+    q[1] /= q[3];
+    q[0] = q[1] + teacher / q[4];
 }
 
 // Segments of columns to threads, as in sweep one; partial sums merged in order.
@@ -38,33 +47,33 @@ struct DivergenceSums {
     const FastsdProblem& p;
     const FastsdGradient& g;
     Projection<In, Word> project;
-    bool again;  // are some rows' logits computed again?
+    Again<In, Word> again;
     int64_t all, segments;
-    Buffer<double> partials;  // [segment][row][3]
+    Buffer<double> partials;  // [segment][row][TOTALS]
     Buffer<Row> rows;
 
     DivergenceSums(const FastsdProblem& problem, const FastsdGradient& gradient)
         : p(problem),
           g(gradient),
           project(problem),
-          again(problem.kept_rows < problem.rows),
+          again(project),
           all(panels(problem.vocabulary)),
           segments((all + SEGMENT - 1) / SEGMENT),
-          partials(segments * problem.rows * 3),
+          partials(segments * problem.rows * TOTALS),
           rows(problem.rows) {}
 
     struct Work {
-        typename Projection<In, Word>::Panel panel;
+        typename Again<In, Word>::Work again;
         Buffer<Totals> totals;
         Buffer<Scale> scales;
         explicit Work(const DivergenceSums& of)
-            : panel(of.project), totals(of.p.rows), scales(of.p.rows) {}
-        bool ok() const { return panel.ok() && totals.ok() && scales.ok(); }
+            : again(of.project), totals(of.p.rows), scales(of.p.rows) {}
+        bool ok() const { return again.ok() && totals.ok() && scales.ok(); }
     };
 
     int run(double* sums) {
         if (!project.ok() || !partials.ok() || !rows.ok()) return 1;
-        if (again) project.pack();
+        if (again.needed) project.pack();
         for (int64_t row = 0; row < p.rows; row++)
             rows.data[row] = row_of(p.statistics + row * FASTSD_COLUMNS, true);
         std::atomic<int64_t> next{0};
@@ -75,43 +84,39 @@ struct DivergenceSums {
             for (int64_t segment; (segment = next++) < segments;) sum_segment(work, segment);
         });
         if (failed) return 1;
-        memset(sums, 0, p.rows * 3 * sizeof(double));
-        for (int64_t i = 0; i < segments * p.rows * 3; i++)
-            sums[i % (p.rows * 3)] += partials.data[i];
+        for (int64_t row = 0; row < p.rows; row++) merge(row, sums + 3 * row);
         return 0;
     }
 
     void sum_segment(Work& work, int64_t segment) const {
         Totals* totals = work.totals.data;
         memset(totals, 0, p.rows * sizeof(Totals));
+        again.start_segment(work.again);
         int64_t last = (segment + 1) * SEGMENT < all ? (segment + 1) * SEGMENT : all;
+        auto add = [&](int64_t row, const char* data, const Scale& scale) {
+            add_slot<KEEP, DIVERGENCE, CLIP>(g, rows.data[row], data, scale, totals[row]);
+        };
         for (int64_t index = segment * SEGMENT; index < last; index++) {
             scales_of(p, index, rows.data, work.scales.data);
             for (int64_t row = 0; row < p.kept_rows; row++)
-                add_slot<KEEP, DIVERGENCE, CLIP>(g, rows.data[row], kept_slot(p, index, row).data,
-                                                 work.scales.data[row], totals[row]);
-            if (again) sum_again(work, index);
+                add(row, kept_slot(p, index, row).data, work.scales.data[row]);
+            again.panel(work.again, index, rows.data, add);
         }
         for (int64_t row = 0; row < p.rows; row++) {
-            double* out = partials + (segment * p.rows + row) * 3;
-            out[0] = sum(totals[row].value), out[1] = sum(totals[row].slope);
-            out[2] = sum(totals[row].held);
+            double* out = partials + (segment * p.rows + row) * TOTALS;
+            const Totals& q = totals[row];
+            out[0] = sum(q.value), out[1] = sum(q.slope), out[2] = sum(q.held);
+            out[3] = sum(q.mass_s), out[4] = sum(q.mass_t);
         }
     }
 
-    void sum_again(Work& work, int64_t index) const {
-        alignas(64) float z[MR * 2 * NR];
-        project.fetch(work.panel, index);
-        for (int64_t block = 0; block < project.blocks.count; block++) {
-            int64_t first = project.blocks.start(block), n = project.blocks.size(block);
-            if (first + n <= p.kept_rows) continue;
-            project.tile(work.panel, block, z);
-            project.mask(work.panel, n, z);
-            for (int64_t row = first < p.kept_rows ? p.kept_rows : first; row < first + n; row++)
-                add_slot<FASTSD_LOGITS, DIVERGENCE, CLIP>(g, rows.data[row],
-                                                          (const char*)(z + (row - first) * 2 * NR),
-                                                          {}, work.totals.data[row]);
-        }
+    void merge(int64_t row, double* out) const {
+        double q[TOTALS] = {};
+        for (int64_t segment = 0; segment < segments; segment++)
+            for (int i = 0; i < TOTALS; i++)
+                q[i] += partials.data[(segment * p.rows + row) * TOTALS + i];
+        if (KEEP != FASTSD_LOGITS) divide_by_mass(q);
+        out[0] = q[0], out[1] = q[1], out[2] = q[2];
     }
 };
 

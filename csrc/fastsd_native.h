@@ -5,7 +5,8 @@
 //     fastsd_divergence_sums   only for JSD and entry_clip, which need both normalisers first
 //     fastsd_top               only for top_k
 //     fastsd_gradient          d hidden, d head, d bias from the scratch and the caller's row terms
-// All matrices are row-major with unit column stride. Every function returns 0, or 1 out of memory.
+// All matrices are row-major with unit column stride. Functions return 0; 1: out of memory;
+// 2: an unknown form to keep.
 #pragma once
 #include <stdint.h>
 

@@ -50,7 +50,7 @@ struct Forward {
     void fold_segment(Work& work, int64_t segment) const {
         alignas(64) float z[MR * 2 * NR];
         memset(work.sums.data, 0, p.rows * sizeof(Sums));
-        for (int64_t row = 0; row < p.rows; row++) work.references.data[row] = {-1e30f, -1e30f};
+        for (int64_t row = 0; row < p.rows; row++) work.references.data[row] = NO_REFERENCE;
         int64_t last = (segment + 1) * SEGMENT < all ? (segment + 1) * SEGMENT : all;
         for (int64_t index = segment * SEGMENT; index < last; index++) {
             project.fetch(work.panel, index);

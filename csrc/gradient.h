@@ -101,7 +101,7 @@ FASTSD_INLINE void correct(const FastsdGradient& g, const Coefficients& c, int64
         }
 }
 
-// g of one row and panel. `data`: its slot, or a tile computed again (KEEP = LOGITS).
+// g of one row and panel. `data`: its slot.
 template <int KEEP, int DIVERGENCE, bool CLIP, bool TEACHER>
 static void form_row(const FastsdGradient& g, const Coefficients& c, const Row& row,
                      const char* data, const Scale& scale, int64_t column, float* out) {

@@ -42,7 +42,7 @@ static int divergence_sums(const FastsdProblem& p, const FastsdGradient& g, doub
                                   : sum_divergence<float, float>(p, g, sums);
 }
 
-static FormRow form_kept(const FastsdProblem& p, const FastsdGradient& g) {
+static FormRow form_of(const FastsdProblem& p, const FastsdGradient& g) {
 #if BF16_DOT
     const bool teacher = true;
     switch (p.keep) {
@@ -58,9 +58,9 @@ static FormRow form_kept(const FastsdProblem& p, const FastsdGradient& g) {
     return choose_form<FASTSD_LOGITS>(p, g);
 }
 static int gradient(const FastsdProblem& p, const FastsdGradient& g) {
-    FormRow kept = form_kept(p, g);
-    return p.dtype == FASTSD_BF16 ? Backward<uint16_t, Bf16Word>(p, g, kept).run()
-                                  : Backward<float, float>(p, g, kept).run();
+    FormRow form = form_of(p, g);
+    return p.dtype == FASTSD_BF16 ? Backward<uint16_t, Bf16Word>(p, g, form).run()
+                                  : Backward<float, float>(p, g, form).run();
 }
 
 static int64_t scratch_bytes(int32_t keep, int64_t kept, int64_t borrowed, int64_t vocabulary) {

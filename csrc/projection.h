@@ -78,14 +78,6 @@ struct Projection {
             }
     }
 
-    // Columns beyond the vocabulary as kept logits have them: no probability.
-    void mask(const Panel& panel, int64_t n, float* z) const {
-        for (int64_t i = 0; i < 4 * n; i++) {
-            float* at = z + i * LANES;
-            store(at, panel.valid[i % 2] ? load(at) : splat(-1e30f));
-        }
-    }
-
     // z[y] of one row and stream, exactly as many operations for either stream.
     float pick(const In* hidden, const In* row, int64_t width, int64_t y) const {
         vf sums{};

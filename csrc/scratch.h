@@ -1,9 +1,10 @@
 // What sweep one keeps of each logit pair for sweep two, and how sweep two reads it back.
 //
 // Layout: panel after panel, in it row after row, in that one slot of NR columns; so both sweeps
-// stream. bf16 inputs keep 4 B a pair in fp16: E = e^(z - m) and the gap less its shift; m is kept
-// once per row and panel, and stays close enough to the row's maximum for fp16's range
-// (statistics.h). fp32 inputs, and options that must see logits, keep 8 B: z_s, z_t.
+// stream. bf16 inputs keep 4 B a pair in fp16: E = e^(z - m), its sign telling of which stream if
+// it is the larger's, and the gap less that of a likely entry of the same stream, so that gaps which
+// matter are small. m and those gaps are kept once per row and panel (statistics.h). fp32 inputs,
+// and options that must see logits, keep 8 B: z_s, z_t.
 //
 // The first rows borrow the memory of d head: their slots of a panel lie where its NR rows of d
 // head will be written, once all slots of the panel have been read. That is room for about D / 2
@@ -19,8 +20,11 @@
 namespace FASTSD_ISA {
 
 struct Reference {
-    float s, t;
+    float s, t;          // m of both streams
+    float gap_s, gap_t;  // the gaps where they were found, taken off the gaps that are kept
 };
+constexpr Reference NO_REFERENCE = {-1e30f, -1e30f, 0, 0};
+constexpr int64_t MOST_SLOT_BYTES = NR * 8;
 struct Slot {
     char* data;
     Reference* reference;
@@ -68,10 +72,6 @@ FASTSD_INLINE __m256i half_of(vf x) {
 FASTSD_INLINE vf of_half(const void* p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-// Which stream is the larger, told from what is stored.
-FASTSD_INLINE vi student_larger(vf gap, float shift, Reference m) {
-    return gap >= (m.s - m.t) - shift;
-}
 #endif
 
 template <int KEEP, bool TEACHER>
@@ -90,13 +90,16 @@ FASTSD_INLINE void keep(const Slot& slot, Reference m, float shift, const vf s[2
         uint16_t* out = (uint16_t*)slot.data;
         *slot.reference = m;
         for (int h = 0; h < 2; h++) {
-            vf larger = e_s[h];
+            vf larger = e_s[h], near = splat(m.gap_s);
             __m256i half;
+            if constexpr (KEEP == FASTSD_LARGER_GAP) {
+                vi student = gap[h] >= (m.s - m.t) - shift;
+                larger = student ? e_s[h] : -e_t[h];
+                near = student ? near : splat(m.gap_t);
+            }
             if constexpr (KEEP != FASTSD_STUDENT) {
-                half = half_of(held(gap[h], -65504, 65504));  // fp16 has no more
+                half = half_of(held(gap[h] - near, -65504, 65504));  // fp16 has no more
                 memcpy(out + NR + h * LANES, &half, sizeof half);
-                if (KEEP == FASTSD_LARGER_GAP)
-                    larger = student_larger(of_half(&half), shift, m) ? e_s[h] : e_t[h];
             }
             half = half_of(larger);
             memcpy(out + h * LANES, &half, sizeof half);
@@ -186,10 +189,11 @@ FASTSD_INLINE Entry from_compact(const char* data, int h, const Scale& scale, co
     vf stored = of_half(in + h * LANES);
     e.u = splat(1.f);
     if constexpr (KEEP != FASTSD_STUDENT) {
-        vf less = of_half(in + NR + h * LANES);
-        e.gap = less + r.rest;
+        e.gap = of_half(in + NR + h * LANES) + (scale.m.gap_s + r.rest);
         if constexpr (KEEP == FASTSD_LARGER_GAP) {
-            set_larger(e, stored, student_larger(less, r.shift, scale.m), scale, r);
+            vi student = (vi)stored >= 0;
+            e.gap = student ? e.gap : of_half(in + NR + h * LANES) + (scale.m.gap_t + r.rest);
+            set_larger(e, student ? stored : -stored, student, scale, r);
             return e;
         }
     }
@@ -197,6 +201,13 @@ FASTSD_INLINE Entry from_compact(const char* data, int h, const Scale& scale, co
     return e;
 }
 #endif
+
+FASTSD_INLINE Scale scale_of(Reference m, const Row& r) {
+    vf x{};
+    x[0] = (m.s - r.lse_s) - r.lse_s_low, x[1] = (m.t - r.lse_t) - r.lse_t_low;
+    x = exponential(x);
+    return {x[0], x[1], m};
+}
 
 // The scales of all kept rows in one panel, a vector of rows at a time.
 static void scales_of(const FastsdProblem& p, int64_t panel, const Row* rows, Scale* out) {

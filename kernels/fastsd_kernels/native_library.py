@@ -151,8 +151,11 @@ def call(name: str, *args) -> None:
     """Calls fastsd_<name> on structs, tensors and ints; MemoryError where it found no memory."""
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
     plain = [byref(x) if isinstance(x, Structure) else x for x in plain]
-    if getattr(_loaded(), f"fastsd_{name}")(*plain) != 0:
+    code = getattr(_loaded(), f"fastsd_{name}")(*plain)
+    if code == 1:
         raise MemoryError(f"native loss head: out of memory in fastsd_{name}")
+    if code != 0:
+        raise RuntimeError(f"native loss head: fastsd_{name} refused its arguments ({code})")
 
 
 def _loaded() -> ctypes.CDLL:

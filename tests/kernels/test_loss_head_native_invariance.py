@@ -1,9 +1,8 @@
 """Bit-identity of the C++ loss head: a row's results depend on nothing but the row.
 
-Not on how a batch is split, on its order, on rows beside it (counted or not), on chunks, and the
-statistics not on threads. The head's gradient is the same run after run. Where bf16 rows beyond
-the scratch are computed again, sweep two reads their logits in fp32 instead of rounded to fp16, so
-those rows are not bit-identical; see test_rows_computed_again.
+Not on how a batch is split, on its order, on rows beside it (counted or not), on chunks, on the
+room that the scratch has, and the statistics not on threads. The head's gradient is the same run
+after run.
 Shape suffixes: T rows, D hidden size, V vocabulary.
 """
 
@@ -171,7 +170,7 @@ def test_statistics_alone_are_those_of_the_loss(count, threads):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=IDS)
 def test_rows_computed_again(setting, monkeypatch):
-    """Where the head's fp32 sum breaks the bound. Kept rows: the same bits; the others close."""
+    """Where the head's fp32 sum breaks the bound: the same bits as if they had been kept."""
     x, options = problem(setting)
     whole = rows_of(x, options)
     kept, make = [], native._plan
@@ -184,11 +183,9 @@ def test_rows_computed_again(setting, monkeypatch):
     one = native_library.scratch_bytes(native_library.LOGITS, 1, 0, SHAPE[2])
     monkeypatch.setattr(native, "SCRATCH_BYTES", 3 * one)
     found = rows_of(x, options)
-    rows = slice(0, kept[-1]) if setting[0] == torch.bfloat16 else slice(None)
+    assert kept[-1] < SHAPE[0]
     for name, value in whole.items():
-        assert torch.equal(found[name][rows], value[rows]), name
-        if value.is_floating_point():
-            assert relative_error(found[name], value) <= 2**-8, name
+        assert torch.equal(found[name], value), name
 
 
 MEMORY = """

@@ -27,7 +27,7 @@ from .. import native_library as lib
 from .contract import Evaluation, Inputs, Options, RowStatistics
 from .native_rows import RowTerms, row_terms
 
-SCRATCH_BYTES = 240 << 20
+SCRATCH_BYTES = 240_000_000
 # Below so many rows a chunk, packing the head again for each costs more than computing again.
 _SMALLEST_CHUNK = 256
 _STATISTICS_CHUNK = 4096
@@ -111,27 +111,37 @@ def _plan(inputs: Inputs, needs: Needs, wanted: tuple[bool, ...]) -> Plan:
         count = lib.scratch_bytes(needs.keep, kept, borrowed, vocabulary)
         return Plan(chunk, kept, borrowed, _bytes(count))
 
-    def fit(budget: int, room: int) -> int:
-        """Rows that a budget of bytes keeps, beside those in d head."""
-        each_borrowed = lib.scratch_bytes(needs.keep, 1, 1, vocabulary)
-        if room * each_borrowed > budget:
-            return budget // each_borrowed
-        return room + (budget - room * each_borrowed) // lib.scratch_bytes(
-            needs.keep, 1, 0, vocabulary
-        )
+    each = lib.scratch_bytes(needs.keep, 1, 0, vocabulary)
+    each_borrowed = lib.scratch_bytes(needs.keep, 1, 1, vocabulary)
+    work = _work_bytes(inputs)
 
-    most = max(1, fit(SCRATCH_BYTES, room))
+    def fit(budget: int, room: int, work: int) -> int:
+        """Rows that a budget of bytes keeps, beside those in d head and their work."""
+        borrowed = min(room, max(0, budget) // (each_borrowed + work))
+        left = budget - borrowed * (each_borrowed + work)
+        return borrowed + max(0, left) // (each + work)
+
+    most = max(1, fit(SCRATCH_BYTES, room, work))
     if rows <= most:
         return plan(rows, rows, room)
     # Several chunks: d head_VD is summed in fp32, for fp32 inputs where it would be borrowed.
-    room = room if narrow else 0
-    left = fit(SCRATCH_BYTES - (wanted[1] and narrow) * 4 * vocabulary * width, room)
-    if wanted[1] and narrow and left < min(_SMALLEST_CHUNK, most):
+    sum_bytes = 4 * vocabulary * width if wanted[1] and narrow else 0
+    left = fit(SCRATCH_BYTES - sum_bytes, room if narrow else 0, work)
+    if sum_bytes and left < min(_SMALLEST_CHUNK, most):
         if not needs.top:
-            return plan(rows, most, room)
-        left = max(1, most // 4)  # picked entries cannot be computed again: over the bound
+            kept = fit(SCRATCH_BYTES - rows * work, room, 0)
+            return plan(rows, max(1, min(rows, kept)), room)
+        left = most // 4  # picked entries cannot be computed again: over the bound
     chunk = -(-rows // -(-rows // max(1, left)))
-    return plan(chunk, chunk, room)
+    return plan(chunk, chunk, room if narrow else 0)
+
+
+def _work_bytes(inputs: Inputs) -> int:
+    """Bytes a row takes besides its scratch: packed operands, d hidden by thread, partial sums."""
+    (vocabulary, width), item = inputs.head_VD.shape, inputs.head_VD.itemsize
+    widths = width + (0 if inputs.teacher_TD is None else inputs.teacher_TD.shape[1])
+    by_thread = 4 * width + 3 * 256 * item + 1024
+    return item * (widths + width) + torch.get_num_threads() * by_thread + vocabulary // 32
 
 
 def _bytes(count: int) -> Tensor:
