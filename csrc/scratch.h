@@ -2,9 +2,9 @@
 //
 // Layout: panel after panel, in it row after row, in that one slot of NR columns; so both sweeps
 // stream. bf16 inputs keep 4 B a pair in fp16: E = e^(z - m), its sign telling of which stream if
-// it is the larger's, and the gap less that of a likely entry of the same stream, so that gaps which
-// matter are small. m and those gaps are kept once per row and panel (statistics.h). fp32 inputs,
-// and options that must see logits, keep 8 B: z_s, z_t.
+// it is the larger's, and the gap less that of a likely entry of the same stream, so that the gaps
+// which matter are small. m and those gaps are kept once per row and panel (statistics.h). fp32
+// inputs, and options that must see logits, keep 8 B: z_s, z_t.
 //
 // The first rows borrow the memory of d head: their slots of a panel lie where its NR rows of d
 // head will be written, once all slots of the panel have been read. That is room for about D / 2
@@ -212,17 +212,18 @@ FASTSD_INLINE Scale scale_of(Reference m, const Row& r) {
 // The scales of all kept rows in one panel, a vector of rows at a time.
 static void scales_of(const FastsdProblem& p, int64_t panel, const Row* rows, Scale* out) {
     if (p.keep == FASTSD_LOGITS) return;
+    const Reference* m = kept_slot(p, panel, 0).reference;
+    alignas(64) float s[LANES] = {}, t[LANES] = {};
     for (int64_t row = 0; row < p.kept_rows; row += LANES) {
         int64_t n = p.kept_rows - row < LANES ? p.kept_rows - row : LANES;
-        vf s{}, t{};
         for (int64_t i = 0; i < n; i++) {
-            Reference m = *kept_slot(p, panel, row + i).reference;
             const Row& r = rows[row + i];
-            out[row + i].m = m;
-            s[i] = (m.s - r.lse_s) - r.lse_s_low, t[i] = (m.t - r.lse_t) - r.lse_t_low;
+            s[i] = (m[row + i].s - r.lse_s) - r.lse_s_low;
+            t[i] = (m[row + i].t - r.lse_t) - r.lse_t_low;
         }
-        s = exponential(s), t = exponential(t);
-        for (int64_t i = 0; i < n; i++) out[row + i].s = s[i], out[row + i].t = t[i];
+        store(s, exponential(load(s)));
+        store(t, exponential(load(t)));
+        for (int64_t i = 0; i < n; i++) out[row + i] = {s[i], t[i], m[row + i]};
     }
 }
 
