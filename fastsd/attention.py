@@ -1,11 +1,14 @@
 """One attention function for every phase, registered with transformers as "fastsd".
 
-Prefill and training run torch's scaled_dot_product_attention: causal where no mask is given, the
-tree's own mask where one is. Decoding passes a BranchCache by keyword: all branches of a question
-read one copy of its keys and values, as one matrix product.
+What a phase needs travels through the model's forward as a keyword argument:
+
+    training            token_tree, a TreeAttention: many trees packed into one sequence
+    prefill             nothing: torch's causal scaled_dot_product_attention
+    decoding            branch_cache, a BranchCache: all branches of a question read one copy of
+                        its keys and values, as one matrix product
 
 Shapes: P prompts, B rows (branches), S branch slots per prompt, N query heads, K key/value heads,
-R = N / K, H head dim, L prefix length, T branch positions.
+R = N / K, H head dim, L prefix length, T branch positions, or tokens of a pack.
 """
 
 from __future__ import annotations
@@ -15,14 +18,31 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fastsd.refusals import refuse_layer
+from fastsd_kernels import PrefixTree, shared_prefix_attention
+
 NAME = "fastsd"
 
 
 def fastsd_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, branch_cache=None, **kw
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    branch_cache=None,
+    token_tree=None,
+    **kw,
 ):
     if branch_cache is not None:
+        refuse_layer(branch_cache.span, dropout, kw)
         return branch_cache.attend(module.layer_idx, query, key, value, scaling), None
+    if token_tree is not None:
+        refuse_layer(token_tree.span, dropout, kw)
+        return token_tree.attend(module.layer_idx, query, key, value, scaling), None
+    refuse_layer(key.shape[2], dropout, kw)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
     )
@@ -35,6 +55,30 @@ def _no_mask(*args, **kwargs) -> None:
 
 AttentionInterface.register(NAME, fastsd_attention)
 AttentionMaskInterface.register(NAME, _no_mask)
+
+
+class TreeAttention:
+    """The attention of one forward over packed token trees; every layer calls `attend`.
+
+    layers: indices of the layers that did, so that a model whose layers do not all come here,
+    which would mix the trees, is found.
+    """
+
+    def __init__(self, segments: PrefixTree):
+        self.segments = segments
+        self.layers: set[int] = set()
+        ends = zip(segments.offsets, segments.lengths, strict=True)
+        self.span = max((offset + length for offset, length in ends), default=0)
+
+    def attend(self, layer: int, query_1NTH, key_1KTH, value_1KTH, scaling) -> Tensor:
+        """[1, T, N, H]"""
+        self.layers.add(layer)
+        query_TNH, key_TKH, value_TKH = (
+            x[0].transpose(0, 1) for x in (query_1NTH, key_1KTH, value_1KTH)
+        )
+        return shared_prefix_attention(query_TNH, key_TKH, value_TKH, self.segments, scale=scaling)[
+            None
+        ]
 
 
 class BranchCache:
@@ -59,6 +103,11 @@ class BranchCache:
         self.key_BKTH = [torch.empty(shape, dtype=self.dtype, device=device) for _ in prefix_layers]
         self.value_BKTH = [torch.empty_like(key) for key in self.key_BKTH]
         self.length = 0
+
+    @property
+    def span(self) -> int:
+        """Positions of the longest row, the new one included."""
+        return self.pad_PL.shape[1] + self.length + 1
 
     @property
     def rows(self) -> int:

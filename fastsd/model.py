@@ -1,12 +1,11 @@
 """Hugging Face models as policies: token trees in, last hidden states out, never logits.
 
-`hidden` computes a tree's prefix once: the prefix fills a key/value cache, gradient included, and
-the branches of all trees then run as one batch against it. With gradient checkpointing, which
-cannot keep a cache, every branch runs as a full row instead; that path is also the definition the
-shared one is tested against.
+`hidden` packs all trees into one sequence without padding; attention follows the trees
+(`attention.TreeAttention`), so a prefix is computed once however many branches it has, with
+gradient checkpointing too. The sampler's `prefill` fills a key/value cache.
 
-Shapes: P prefixes, B branches, L padded prefix length, C padded branch length, T response tokens
-of all trees packed in order, D hidden.
+Shapes: P prefixes, L padded prefix length, T tokens of a pack, A response tokens of all trees in
+order, D hidden.
 """
 
 from __future__ import annotations
@@ -23,19 +22,18 @@ from transformers.utils import logging as transformers_logging
 
 from fastsd import attention
 from fastsd.config import LoraConfig, ModelConfig
-from fastsd.types import FastsdError, TokenTree
-
-
-class ModelError(FastsdError):
-    """A model that cannot be trained here: unsupported layers, missing files, wrong names."""
+from fastsd.packing import longest_path, pack_trees
+from fastsd.refusals import ModelError, check_length, refuse_sinks, refuse_unsupported
+from fastsd.types import Branch, TokenTree
+from fastsd_kernels.prefix_attention import implementation_name
 
 
 class Policy:
     """A causal language model split where fastsd needs it: decoder, head, tokenizer."""
 
-    def __init__(self, model, tokenizer, shares_prefixes: bool = True):
+    def __init__(self, model, tokenizer, checkpoints: bool = False):
         self.model = model
-        self.shares_prefixes = shares_prefixes
+        self.checkpoints = checkpoints
         self.tokenizer = tokenizer
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = causal_lm.config
@@ -53,6 +51,14 @@ class Policy:
     def head_VD(self) -> Tensor:
         return self.head.weight
 
+    @property
+    def attention_name(self) -> str:
+        """The implementation of shared-prefix attention that runs for this model."""
+        config = self.config
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        return implementation_name("auto", self.device, self.head.weight.dtype, head_dim)
+
     def head_options(self) -> dict:
         """How this model turns head products into logits: keyword arguments of the loss head."""
         scale = getattr(self.config, "logit_scale", None) or 1.0
@@ -64,14 +70,8 @@ class Policy:
         }
 
     def check_length(self, tokens: int) -> None:
-        """Raises ModelError when a sequence would leave the model's positions."""
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and tokens > limit:
-            raise ModelError(
-                f"a sequence of {tokens} tokens (prompt + response) exceeds the model's "
-                f"max_position_embeddings = {limit}: lower rollout.max_new_tokens, "
-                "prompt.max_prompt_tokens or prompt.max_feedback_tokens"
-            )
+        """Raises ModelError when a sequence would leave what the model computes exactly."""
+        check_length(self.config, tokens)
 
     def prefill(self, prefix_ids: Sequence[Sequence[int]]):
         """Runs the prefixes, right-padded. Returns (cache, hidden_PLD, length_P)."""
@@ -81,82 +81,57 @@ class Policy:
         return out.past_key_values, out.last_hidden_state, length_P
 
     def hidden(self, trees: Sequence[TokenTree]) -> Tensor:
-        """hidden_TD: for every response token, in order, the last hidden state that predicts it."""
-        for tree in trees:
-            longest = max(len(b.context_ids) + len(b.response_ids) for b in tree.branches)
-            self.check_length(len(tree.prefix_ids) + longest)
-        if self.shares_prefixes or not torch.is_grad_enabled():
-            return self.hidden_shared(trees)
-        # Hugging Face layers checkpoint, and drop their cache, in training mode only.
-        self.model.train()
+        """hidden_AD: for every response token, in order, the last hidden state that predicts it.
+
+        Raises ModelError for a tree too long for the model, or layers that attend elsewhere.
+        """
+        self.check_length(longest_path(trees))
+        pack = pack_trees(trees)
+        tree_attention = attention.TreeAttention(pack.segments)
+        # Hugging Face's layers checkpoint in training mode only.
+        self.model.train(self.checkpoints and torch.is_grad_enabled())
         try:
-            return self.hidden_unshared(trees)
+            hidden_TD = self.decoder(
+                input_ids=pack.ids_T[None].to(self.device),
+                position_ids=pack.segments.position_of_T[None].to(self.device),
+                token_tree=tree_attention,
+                use_cache=False,
+            ).last_hidden_state[0]
         finally:
             self.model.eval()
+        self._check_layers(tree_attention)
+        return hidden_TD.index_select(0, pack.row_A.to(self.device))
 
-    def hidden_shared(self, trees: Sequence[TokenTree]) -> Tensor:
-        """`hidden` with each prefix computed once for all its branches."""
-        cache, hidden_PLD, length_P = self.prefill([tree.prefix_ids for tree in trees])
-        last_PD = hidden_PLD[torch.arange(len(trees)), length_P - 1]
-        tree_of_branch = [t for t, tree in enumerate(trees) for _ in tree.branches]
-        branches = [branch for tree in trees for branch in tree.branches]
-        fed = [(*branch.context_ids, *branch.response_ids[:-1]) for branch in branches]
-        ids_BC, length_B = _pad(fed, self.pad_id, self.device)
-        rows = [last_PD]
-        if ids_BC.shape[1]:
-            index_B = torch.tensor(tree_of_branch, device=self.device)
-            rows.append(self._branches(cache, ids_BC, length_P[index_B], index_B).flatten(0, 1))
-        # Row P + b*C + c holds branch b after its c-th fed token; the prefix's last row precedes.
-        row_of_token = []
-        for b, (t, branch) in enumerate(zip(tree_of_branch, branches, strict=True)):
-            first = len(trees) + b * ids_BC.shape[1] + len(branch.context_ids) - 1
-            row_of_token.append(t if not branch.context_ids else first)
-            row_of_token += range(first + 1, first + len(branch.response_ids))
-        return torch.cat(rows)[torch.tensor(row_of_token, device=self.device)]
-
-    def _branches(self, prefix_cache, ids_BC, prefix_length_B, index_B) -> Tensor:
-        layers = [(layer.keys[index_B], layer.values[index_B]) for layer in prefix_cache.layers]
-        cache = DynamicCache(ddp_cache_data=layers)
-        branch_length = ids_BC.shape[1]
-        column_L = torch.arange(layers[0][0].shape[2], device=self.device)
-        prefix_mask = (column_L < prefix_length_B[:, None])[:, None, None]
-        column_C = torch.arange(branch_length, device=self.device)
-        causal_CC = column_C[:, None] >= column_C
-        mask = torch.cat(
-            [
-                prefix_mask.expand(-1, 1, branch_length, -1),
-                causal_CC.expand(len(ids_BC), 1, -1, -1),
-            ],
-            -1,
-        )
-        return self.decoder(
-            input_ids=ids_BC,
-            position_ids=prefix_length_B[:, None] + column_C,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-
-    def hidden_unshared(self, trees: Sequence[TokenTree]) -> Tensor:
-        """`hidden` with every branch as a full row: prefix, context, response."""
-        rows = [
-            (*tree.prefix_ids, *branch.context_ids, *branch.response_ids[:-1])
-            for tree in trees
-            for branch in tree.branches
-        ]
-        ids_BC, length_B = _pad(rows, self.pad_id, self.device)
-        hidden_BCD = self.decoder(input_ids=ids_BC, use_cache=False).last_hidden_state
-        responses = [len(b.response_ids) for tree in trees for b in tree.branches]
-        lengths = length_B.tolist()
-        return torch.cat(
-            [hidden_BCD[b, lengths[b] - count : lengths[b]] for b, count in enumerate(responses)]
-        )
+    def _check_layers(self, tree_attention: attention.TreeAttention) -> None:
+        layers, reached = self.config.num_hidden_layers, len(tree_attention.layers)
+        if reached != layers:
+            raise ModelError(
+                f"{self.config.model_type}: {reached} of {layers} layers compute attention through "
+                "transformers' attention interface; linear attention, hybrid and older models are "
+                "not supported, use a model whose layers are all full attention"
+            )
 
     def copy(self) -> Policy:
         """A copy without gradient. Frozen weights, which never change, are shared, not copied."""
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
         return Policy(model, self.tokenizer)
+
+    def try_out(self) -> None:
+        """Runs the smallest tree, so that a model that cannot is refused before any work.
+
+        Raises ModelError with what the model said.
+        """
+        token = self.pad_id
+        tree = TokenTree((token,), (Branch((), (token, token)), Branch((token,), (token,))))
+        try:
+            with torch.no_grad():
+                self.hidden([tree])
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{self.config.model_type}: token trees cannot be run: {error}; use a decoder "
+                "whose layers are all full attention"
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -186,6 +161,7 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
     refuse_unsupported(model.config)
+    refuse_sinks(model)
     model = model.to(device)
     _switch_dropout_off(model)
     if config.lora is not None:
@@ -196,7 +172,9 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
         new_name = hasattr(model, "activation_checkpointing_enable")
         enable = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, enable)({"use_reentrant": False})
-    return Policy(model.eval(), tokenizer, shares_prefixes=not config.gradient_checkpointing)
+    policy = Policy(model.eval(), tokenizer, checkpoints=config.gradient_checkpointing)
+    policy.try_out()
+    return policy
 
 
 def model_path(name: str) -> str:
@@ -206,19 +184,6 @@ def model_path(name: str) -> str:
 
         return str(base_path())
     return name
-
-
-def refuse_unsupported(config) -> None:
-    """Raises ModelError for attention that fastsd does not compute exactly."""
-    name = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name}: encoder-decoder models are not supported; use a causal LM")
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
-        kinds = ", ".join(sorted(other)) or "sliding_window"
-        raise ModelError(f"{name}: {kinds} layers are not supported; use a full-attention model")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ModelError(f"{name}: attention softcapping is not supported")
 
 
 def trainable_parameters(model) -> Iterable[tuple[str, torch.nn.Parameter]]:
@@ -238,8 +203,9 @@ def _switch_dropout_off(model) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):  # for functional dropout
+                setattr(module, name, 0.0)
 
 
 def _add_lora(model, config: LoraConfig):

@@ -121,7 +121,7 @@ def implementations(session: Session) -> dict[str, str]:
     policy = session.policy
     return {
         "loss_head": session.loss_head,
-        "attention": "torch sdpa, " + ("shared prefix" if policy.shares_prefixes else "full rows"),
+        "attention": f"{policy.attention_name}, packed token trees",
         "sampler": "in-process, shared prefix",
         "device": str(policy.device),
         "dtype": str(policy.head_VD.dtype).removeprefix("torch."),

@@ -1,13 +1,14 @@
-"""Shared-prefix hidden states against full rows: values and every parameter's gradient."""
+"""Policies and teachers: rows, positions, teachers, freezing. Gradients: test_packed_model.py."""
 
 import pytest
 import torch
 from tiny_models import build_tiny_llama, build_tiny_qwen3
+from unpacked import everything_in_fp64, unpacked_hidden
 
 from fastsd.config import LoraConfig, ModelConfig, TeacherConfig
-from fastsd.model import ModelError, load_policy, refuse_unsupported
+from fastsd.model import ModelError, load_policy
 from fastsd.teacher import Teacher
-from fastsd.types import Branch, TokenTree
+from fastsd.types import Branch, FastsdError, TokenTree
 
 TREES = [
     TokenTree((5, 6, 7), (Branch((), (9, 10, 11, 12)), Branch((), (13,)), Branch((8,), (14, 15)))),
@@ -34,28 +35,24 @@ def gradients(policy, hidden_TD):
     return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def test_shared_equals_unshared_with_gradients(folder):
+def test_hidden_equals_the_plain_model_row_by_row(folder, monkeypatch):
     policy = load(folder)
-    shared, full = policy.hidden_shared(TREES), policy.hidden_unshared(TREES)
-    assert shared.shape == (sum(tree.response_tokens for tree in TREES), 32)
+    everything_in_fp64(policy, monkeypatch)
+    hidden = policy.hidden(TREES)
+    assert hidden.shape == (sum(tree.response_tokens for tree in TREES), 32)
     # fp64 rounding through two layers; measured 1e-15.
-    torch.testing.assert_close(shared, full, rtol=0, atol=1e-12)
-    ours, theirs = gradients(policy, shared), gradients(policy, full)
-    assert ours.keys() == theirs.keys() and len(ours) > 10
-    # Hugging Face's RMSNorm goes through fp32 even in an fp64 model: eps 6e-8, a few roundings.
-    for name, grad in theirs.items():
-        assert (ours[name] - grad).abs().max() <= 1e-6 * grad.abs().max(), name
+    torch.testing.assert_close(hidden, unpacked_hidden(policy, TREES), rtol=0, atol=1e-12)
 
 
-def test_unshared_equals_the_plain_model_row_by_row(folder):
+def test_one_forward_of_every_token_once(folder):
     policy = load(folder)
-    hidden = iter(policy.hidden_unshared(TREES))
-    for tree in TREES:
-        for branch in tree.branches:
-            ids = [*tree.prefix_ids, *branch.context_ids, *branch.response_ids]
-            plain = policy.decoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
-            for row in range(len(ids) - len(branch.response_ids) - 1, len(ids) - 1):
-                torch.testing.assert_close(next(hidden), plain[row], rtol=0, atol=1e-12)
+    seen = []
+    policy.decoder.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    policy.hidden(TREES)
+    unfed = sum(len(tree.branches) for tree in TREES)
+    assert seen == [(1, sum(tree.tokens for tree in TREES) - unfed, 32)]
+    with pytest.raises(FastsdError, match="without a prompt"):
+        policy.hidden([TokenTree((), (Branch((), (1, 2)),))])
 
 
 def test_gradient_checkpointing_and_lora_give_the_same(folder):
@@ -74,8 +71,8 @@ def test_gradient_checkpointing_and_lora_give_the_same(folder):
         hidden = policy.hidden(TREES)
         results.append((hidden.detach(), gradients(policy, hidden)))
         assert not policy.model.training
-    # Shared: prefixes and branches once each. Checkpointed: full rows forward, then once more.
-    assert recomputed == [False, False, True, True]
+    # Forward once; checkpointed, once more in backward.
+    assert recomputed == [False, True, True]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
     assert results[0][1].keys() == results[1][1].keys()
     assert all("lora_" in name for name in results[0][1])
@@ -144,21 +141,6 @@ def test_freeze_patterns(folder):
         load(folder, freeze=["embed_tokenz"])
     with pytest.raises(ModelError, match="nothing to train"):
         load(folder, freeze=["model"])
-
-
-def test_refusals_name_the_reason(folder):
-    from transformers import Gemma2Config, MistralConfig, T5Config
-
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        refuse_unsupported(T5Config())
-    with pytest.raises(ModelError, match="sliding_attention"):
-        refuse_unsupported(Gemma2Config())
-    with pytest.raises(ModelError, match="sliding"):
-        refuse_unsupported(MistralConfig(sliding_window=4096))
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load("/nowhere/to/be/found")
-    with pytest.raises(ModelError, match="max_position_embeddings"):
-        load(folder).hidden([TokenTree((5,) * 50_000, (Branch((), (1, 2)),))])
 
 
 def test_a_copy_shares_what_is_frozen_and_nothing_else(folder):

@@ -8,11 +8,14 @@ test can try to smuggle into untrusted text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -72,6 +75,43 @@ def build_tiny_qwen3(folder: str | Path, *, seed: int = 0, vocab_size: int = 320
     return _save(Path(folder), _random(Qwen3ForCausalLM, config, seed), tokenizer)
 
 
+# What makes each architecture's attention its own, in two layers; windows longer than any test's
+# rows, one SmolLM3 layer without rotary positions, every Qwen3-MoE layer sparse.
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": False},
+    "mistral": {"head_dim": 8, "sliding_window": 64},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 64},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+}
+
+
+def build_tiny(architecture: str, folder: str | Path, *, seed: int = 0, **settings) -> Path:
+    """Write a random 2-layer model of any Hugging Face decoder, by its model_type.
+
+    settings override the configuration. All parameters, norms and biases too, are far from their
+    initial values, so that attention is far from uniform. Returns the folder.
+    """
+    tokenizer = _tokenizer(300, _CHATML_SPECIAL, (), CHATML_TEMPLATE)
+    shape = {**_shape(tokenizer), "max_position_embeddings": 2048}
+    special = ARCHITECTURES.get(architecture, {})
+    config = AutoConfig.for_model(architecture, **{**shape, **special, **settings})
+    model = _random(AutoModelForCausalLM.from_config, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return _save(Path(folder), model, tokenizer)
+
+
 def _tokenizer(
     vocab_size: int, special: tuple[str, ...], tags: tuple[str, ...], template: str
 ) -> PreTrainedTokenizerFast:
@@ -117,7 +157,7 @@ def _shape(tokenizer: PreTrainedTokenizerFast) -> dict:
     }
 
 
-def _random(kind: type[PreTrainedModel], config, seed: int) -> PreTrainedModel:
+def _random(kind: Callable[..., PreTrainedModel], config, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config)

@@ -1,0 +1,104 @@
+"""Models whose attention is not computed exactly here are refused by name, with what to do.
+
+At load by configuration (`refuse_unsupported`), before a sequence runs by its length
+(`length_limits`), and in the attention function by what a layer asks for (`refuse_layer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastsd.types import FastsdError
+
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class ModelError(FastsdError):
+    """A model that cannot be trained here: unsupported layers, missing files, wrong names."""
+
+
+def refuse_unsupported(config) -> None:
+    """Raises ModelError for attention that fastsd does not compute exactly."""
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name}: encoder-decoder models are not supported; use a causal LM")
+    kinds = [*(getattr(config, "layer_types", None) or ())]
+    kinds += getattr(config, "layers_block_type", None) or ()
+    other = sorted(set(kinds) - _SUPPORTED_LAYERS)
+    if other:
+        what = "hybrid models with " if _SUPPORTED_LAYERS & set(kinds) else ""
+        raise ModelError(
+            f"{name}: {what}{', '.join(other)} layers are not supported; use a model whose layers "
+            "are all full attention"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(f"{name}: attention softcapping is not supported; use a model without it")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ModelError(f"{name}: bidirectional attention is not supported; use a causal LM")
+
+
+def refuse_sinks(model) -> None:
+    """Raises ModelError naming the parameter of an attention that sums over more than its keys."""
+    for name, _ in model.named_parameters():
+        if name.rpartition(".")[2] == "sinks":
+            raise ModelError(
+                f"{model.config.model_type}: attention sinks ({name}) are not supported; use a "
+                "model without them"
+            )
+
+
+def length_limits(config) -> Iterator[tuple[str, int, str]]:
+    """(setting, tokens, why) for everything that bounds a sequence of this model."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        yield "max_position_embeddings", positions, "the model has no more positions"
+    window = _sliding_window(config)
+    if window is not None:
+        yield "sliding_window", window, "sliding-window attention is not supported"
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and short is not None:
+        why = "longrope's frequencies depend on the longest row of a batch beyond it"
+        yield "original_max_position_embeddings", short, why
+
+
+def check_length(config, tokens: int) -> None:
+    """Raises ModelError when a sequence of `tokens` leaves what the model computes exactly."""
+    for setting, limit, why in length_limits(config):
+        if tokens > limit:
+            raise ModelError(
+                f"a sequence of {tokens} tokens (prompt + response) exceeds the model's "
+                f"{setting} = {limit} ({why}): lower rollout.max_new_tokens, "
+                "prompt.max_prompt_tokens or prompt.max_feedback_tokens"
+            )
+
+
+def refuse_layer(span: int, dropout: float, asked: dict[str, Any]) -> None:
+    """Raises ModelError where a layer asks its attention function for what is not computed.
+
+    span: positions from the first key to the last query. asked: the layer's keyword arguments.
+    """
+    if dropout:
+        raise ModelError(
+            f"attention dropout {dropout} is not supported: load the model with fastsd.model."
+            "load_policy, which switches it off, or set attention_dropout to 0"
+        )
+    window = asked.get("sliding_window")
+    if window is not None and span > window:
+        raise ModelError(
+            f"sliding-window attention is not supported: {span} positions exceed the layer's "
+            f"window of {window}; shorten prompts or responses, or use a full-attention model"
+        )
+    if asked.get("softcap") is not None:
+        raise ModelError("attention softcapping is not supported; use a model without it")
+    if asked.get("s_aux") is not None:
+        raise ModelError("attention sinks are not supported; use a model without them")
+
+
+def _sliding_window(config) -> int | None:
+    """The window of the model's sliding layers; None where there are none."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
