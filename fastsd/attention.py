@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fastsd.packing import Pack, PrefixKeys
 from fastsd.refusals import refuse_layer
-from fastsd_kernels import PrefixTree, shared_prefix_attention
+from fastsd_kernels import shared_prefix_attention
 
 NAME = "fastsd"
 
@@ -64,8 +65,11 @@ class TreeAttention:
     which would mix the trees, is found.
     """
 
-    def __init__(self, segments: PrefixTree):
-        self.segments = segments
+    def __init__(self, pack: Pack, reads: PrefixKeys | None, fills: PrefixKeys | None, device):
+        """reads: of the pack's segments from outside. fills: gets the prefixes' keys and values."""
+        self.segments = segments = pack.segments
+        self.reads, self.outside_P = reads, pack.outside_P.to(device)
+        self.fills, self.root_P = fills, pack.root_P.to(device)
         self.layers: set[int] = set()
         ends = zip(segments.offsets, segments.lengths, strict=True)
         self.span = max((offset + length for offset, length in ends), default=0)
@@ -76,9 +80,25 @@ class TreeAttention:
         query_TNH, key_TKH, value_TKH = (
             x[0].transpose(0, 1) for x in (query_1NTH, key_1KTH, value_1KTH)
         )
-        return shared_prefix_attention(query_TNH, key_TKH, value_TKH, self.segments, scale=scaling)[
-            None
-        ]
+        if self.fills is not None and layer not in self.fills.layers:  # recomputed: filled before
+            self.fills.layers[layer] = (
+                key_TKH.detach().index_select(0, self.root_P),
+                value_TKH.detach().index_select(0, self.root_P),
+            )
+        prefix_key_PKH = prefix_value_PKH = None
+        if self.reads is not None:
+            key, value = self.reads.layers[layer]
+            prefix_key_PKH = key.index_select(0, self.outside_P)
+            prefix_value_PKH = value.index_select(0, self.outside_P)
+        return shared_prefix_attention(
+            query_TNH,
+            key_TKH,
+            value_TKH,
+            self.segments,
+            prefix_key_PNH=prefix_key_PKH,
+            prefix_value_PNH=prefix_value_PKH,
+            scale=scaling,
+        )[None]
 
 
 class BranchCache:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastsd import attention
 from fastsd.config import LoraConfig, ModelConfig
-from fastsd.packing import longest_path, pack_trees
+from fastsd.packing import PrefixKeys, longest_path, pack_trees
 from fastsd.refusals import ModelError, check_length, refuse_sinks, refuse_unsupported
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels.prefix_attention import implementation_name
@@ -80,14 +80,24 @@ class Policy:
         out = self.decoder(input_ids=ids_PL, past_key_values=cache, use_cache=True)
         return out.past_key_values, out.last_hidden_state, length_P
 
-    def hidden(self, trees: Sequence[TokenTree]) -> Tensor:
+    def hidden(
+        self,
+        trees: Sequence[TokenTree],
+        reads: PrefixKeys | None = None,
+        fills: PrefixKeys | None = None,
+    ) -> Tensor:
         """hidden_AD: for every response token, in order, the last hidden state that predicts it.
+
+        reads: prefixes that went through the same weights; they are not computed again. fills:
+        empty, is given the keys and values of these trees' prefixes.
 
         Raises ModelError for a tree too long for the model, or layers that attend elsewhere.
         """
         self.check_length(longest_path(trees))
-        pack = pack_trees(trees)
-        tree_attention = attention.TreeAttention(pack.segments)
+        pack = pack_trees(trees, reads)
+        if fills is not None:
+            fills.prefixes += [tree.prefix_ids for tree in trees]
+        tree_attention = attention.TreeAttention(pack, reads, fills, self.device)
         # Hugging Face's layers checkpoint in training mode only.
         self.model.train(self.checkpoints and torch.is_grad_enabled())
         try:

@@ -5,42 +5,83 @@ are several roots of one pack. A branch's segment holds its context and its resp
 last token, which predicts nothing. The row that predicts a response's first token is the one
 before it: the branch's own, or the prefix's last, which then serves several branches.
 
-Shapes: T tokens of the pack, A response tokens of all branches in order.
+Where the leading tokens of a tree's prefix went through the same weights before, as the question of
+a live teacher did for the student, their keys and values are read (`PrefixKeys`) and their segment
+is one from outside the pack.
+
+Shapes: T tokens of the pack, A response tokens of all branches in order, P tokens of prefixes,
+K key/value heads, H head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsd.layout import common_prefix
 from fastsd.types import FastsdError, TokenTree
 from fastsd_kernels import PrefixTree
 
 
+@dataclass
+class PrefixKeys:
+    """Keys and values of some trees' prefixes, one after the other, without gradient.
+
+    Filled by one forward and good for others with the same weights. Trees are matched by their
+    tokens, which with the weights determine a prefix's keys.
+
+    prefixes: token ids. layers: by layer index key_PKH, value_PKH.
+    """
+
+    prefixes: list[tuple[int, ...]] = field(default_factory=list)
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def shared(self, tree: TokenTree) -> tuple[int, int]:
+        """(first row, how many) of the tree's leading tokens; never its prefix's last, whose hidden
+        state may be wanted."""
+        best, start = (0, 0), 0
+        for prefix in self.prefixes:
+            common = len(common_prefix([prefix, tree.prefix_ids[:-1]]))
+            best = max(best, (start, common), key=lambda found: found[1])
+            start += len(prefix)
+        return best
+
+
 @dataclass(frozen=True)
 class Pack:
-    """ids_T: token ids. segments: who sees whom, and the positions. row_A: for every response
-    token the row of the pack that predicts it. All tensors on the CPU."""
+    """Trees as one sequence; all tensors on the CPU.
+
+    ids_T: token ids. segments: who sees whom, and the positions. row_A: for every response token
+    the row of the pack that predicts it. root_P: the rows of the trees' prefixes. outside_P: the
+    rows of PrefixKeys that the segments from outside are.
+    """
 
     ids_T: Tensor
     segments: PrefixTree
     row_A: Tensor
+    root_P: Tensor
+    outside_P: Tensor
 
 
-def pack_trees(trees: Sequence[TokenTree]) -> Pack:
+def pack_trees(trees: Sequence[TokenTree], known: PrefixKeys | None = None) -> Pack:
     """Raises FastsdError for a response whose first token nothing precedes."""
+    shared = [known.shared(tree) for tree in trees] if known is not None else []
     ids: list[int] = []
     rows: list[int] = []
-    lengths: list[int] = []
-    parents: list[int | None] = []
-    for tree in trees:
+    roots: list[int] = []
+    lengths = [count for _, count in shared]
+    parents: list[int | None] = [None] * len(shared)
+    for index, tree in enumerate(trees):
+        prefix = tree.prefix_ids[lengths[index] if shared else 0 :]
         root = len(lengths)
-        ids += tree.prefix_ids
-        lengths.append(len(tree.prefix_ids))
-        parents.append(None)
+        roots += range(len(ids), len(ids) + len(prefix))
+        ids += prefix
+        lengths.append(len(prefix))
+        parents.append(index if shared else None)
         last_of_prefix = len(ids) - 1
         for branch in tree.branches:
             if not tree.prefix_ids and not branch.context_ids:
@@ -52,7 +93,27 @@ def pack_trees(trees: Sequence[TokenTree]) -> Pack:
             ids += fed
             lengths.append(len(fed))
             parents.append(root)
-    return Pack(torch.tensor(ids), PrefixTree(lengths, parents), torch.tensor(rows))
+    outside = [row for start, count in shared for row in range(start, start + count)]
+    as_rows = (torch.tensor(x, dtype=torch.int64) for x in (ids, rows, roots, outside))
+    ids_T, row_A, root_P, outside_P = as_rows
+    return Pack(ids_T, PrefixTree(lengths, parents, len(shared)), row_A, root_P, outside_P)
+
+
+class TokenCount(NamedTuple):
+    """Tokens through the network: with shared prefixes, and what full rows would add to them."""
+
+    computed: int
+    saved: int
+
+
+def count_tokens(trees: Sequence[TokenTree], known: PrefixKeys | None = None) -> TokenCount:
+    """What `pack_trees` of the same arguments computes and saves."""
+    own = sum(len(b.context_ids) + len(b.response_ids) - 1 for t in trees for b in t.branches)
+    prefixes = sum(len(tree.prefix_ids) for tree in trees)
+    shared = sum(known.shared(tree)[1] for tree in trees) if known is not None else 0
+    full = own + sum(len(tree.prefix_ids) * len(tree.branches) for tree in trees)
+    computed = own + prefixes - shared
+    return TokenCount(computed, full - computed)
 
 
 def longest_path(trees: Sequence[TokenTree]) -> int:

@@ -15,30 +15,44 @@ PHASES = ("rollout", "critic", "student", "teacher", "head", "optimizer")
 
 
 class PhaseClock:
-    """Adds up wall-clock seconds and tokens by phase; `metrics` reads and resets them."""
+    """Adds up wall-clock seconds and tokens by phase; `metrics` reads and resets them.
+
+    Tokens are those that were computed. saved: those that full rows would have computed too.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._tokens: dict[str, int] = dict.fromkeys(PHASES, 0)
+        self._saved: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+    def phase(self, name: str, tokens: int = 0, saved: int | None = None) -> Iterator[None]:
         start = self._now()
         yield
         self._seconds[name] += self._now() - start
         self._tokens[name] += tokens
+        if saved is not None:
+            self._saved[name] = self._saved.get(name, 0) + saved
 
     def metrics(self) -> StepMetrics:
-        """time/PHASE_s, tokens_per_s/PHASE for the phases that ran, memory/peak_mib."""
+        """time/PHASE_s, tokens_per_s/PHASE for the phases that ran, memory/peak_mib; of those that
+        share prefixes tokens/PHASE, tokens_saved/PHASE and sharing/PHASE, full rows' tokens over
+        computed ones."""
         values = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         values["time/step_s"] = sum(self._seconds.values())
         for name, tokens in self._tokens.items():
             if tokens:
                 values[f"tokens_per_s/{name}"] = tokens / max(self._seconds[name], 1e-9)
+        for name, saved in self._saved.items():
+            tokens = self._tokens[name]
+            values[f"tokens/{name}"] = tokens
+            values[f"tokens_saved/{name}"] = saved
+            values[f"sharing/{name}"] = (tokens + saved) / max(tokens, 1)
         values["memory/peak_mib"] = peak_memory_mib(self._device)
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._tokens = dict.fromkeys(PHASES, 0)
+        self._saved = {}
         return values
 
     def _now(self) -> float:

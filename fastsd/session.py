@@ -23,9 +23,10 @@ from fastsd.data import load_data
 from fastsd.evaluate import evaluate
 from fastsd.feedback import feedback_maker, required_fields
 from fastsd.interrupt import SignalGate
-from fastsd.layout import Sample, teacher_trees
+from fastsd.layout import Sample, student_trees, teacher_trees
 from fastsd.model import load_policy
 from fastsd.optimizer import Optimizer
+from fastsd.packing import PrefixKeys, count_tokens
 from fastsd.phases import PhaseClock
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler
@@ -124,14 +125,25 @@ class Session:
             samples.append(Sample(rollout, student, teacher_ids, advantage, given.text, cut))
         return samples
 
-    def teacher_hidden(self, batch: Sequence[Sample], like_TD: torch.Tensor) -> torch.Tensor | None:
+    def student_hidden(
+        self, batch: Sequence[Sample], teaches: bool
+    ) -> tuple[torch.Tensor, PrefixKeys | None]:
+        """The student's rows for a micro-batch, and what a teacher that follows reads of them."""
+        trees = student_trees(batch)
+        keys = self.teacher.student_keys() if self.teacher is not None and teaches else None
+        with self.clock.phase("student", *count_tokens(trees)):
+            return self.policy.hidden(trees, fills=keys), keys
+
+    def teacher_hidden(
+        self, batch: Sequence[Sample], like_TD: torch.Tensor, questions: PrefixKeys | None
+    ) -> torch.Tensor | None:
         """The teacher's rows for a micro-batch: zeros for a sample without one, None if all are."""
         taught = [sample for sample in batch if sample.teacher_ids is not None]
         if self.teacher is None or not taught:
             return None
         trees = teacher_trees(taught)
-        with self.clock.phase("teacher", sum(tree.tokens for tree in trees)):
-            hidden_TD = self.teacher.hidden(trees)
+        with self.clock.phase("teacher", *count_tokens(trees, questions)):
+            hidden_TD = self.teacher.hidden(trees, questions)
         if len(taught) == len(batch):
             return hidden_TD
         has_teacher = torch.tensor([sample.teacher_ids is not None for sample in batch])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsd.config import TeacherConfig
 from fastsd.model import Policy, trainable_parameters
+from fastsd.packing import PrefixKeys
 from fastsd.types import TokenTree
 
 
@@ -37,10 +38,15 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def hidden(self, trees: Sequence[TokenTree]) -> Tensor:
-        """hidden_TD as Policy.hidden, without gradient."""
+    def hidden(self, trees: Sequence[TokenTree], questions: PrefixKeys | None = None) -> Tensor:
+        """hidden_AD as Policy.hidden, without gradient. questions: of `student_keys`, filled."""
         with self._adapters_off():
-            return self.policy.hidden(trees)
+            return self.policy.hidden(trees, reads=questions)
+
+    def student_keys(self) -> PrefixKeys | None:
+        """For the student's forward to fill: with the same weights, its questions' keys and values
+        are the teacher's too. None where the weights differ."""
+        return PrefixKeys() if self.config.kind == "live" else None
 
     @property
     def head_VD(self) -> Tensor | None:

@@ -47,7 +47,7 @@ def update(
     record: Callable[[Session, StepStatistics], None] = lambda session, statistics: None,
 ) -> StepStatistics:
     """One optimizer step on `samples`. All that a resume needs changes in the last block only."""
-    from fastsd.layout import micro_batches, student_trees
+    from fastsd.layout import micro_batches
     from fastsd.loss import StepStatistics, TokenWeights, loss_head
 
     weights = TokenWeights.for_step(samples, session.maker)
@@ -55,10 +55,9 @@ def update(
     session.optimizer.zero_grad()
     counted = [sample for sample in samples if weights.counts(sample)]
     for batch in micro_batches(counted, session.config.optim.micro_batch_tokens):
-        trees = student_trees(batch)
-        with session.clock.phase("student", sum(tree.tokens for tree in trees)):
-            student_TD = session.policy.hidden(trees)
-        teacher_TD = session.teacher_hidden(batch, student_TD) if weights.divergence else None
+        teaches = weights.divergence != 0
+        student_TD, questions = session.student_hidden(batch, teaches)
+        teacher_TD = session.teacher_hidden(batch, student_TD, questions) if teaches else None
         with session.clock.phase("head", len(student_TD)):
             out = loss_head(student_TD, teacher_TD, batch, weights, session)
         with session.clock.phase("student"):

@@ -93,12 +93,6 @@ class TokenTree:
     def response_tokens(self) -> int:
         return sum(len(branch.response_ids) for branch in self.branches)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that go through the network when the prefix is computed once."""
-        inner = sum(len(b.context_ids) + len(b.response_ids) for b in self.branches)
-        return len(self.prefix_ids) + inner
-
 
 # Metric name -> number, flat ("time/rollout_s", "reward/mean"): one JSON line per optimizer step.
 StepMetrics = dict[str, float]

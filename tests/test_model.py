@@ -7,6 +7,7 @@ from unpacked import everything_in_fp64, unpacked_hidden
 
 from fastsd.config import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.model import ModelError, load_policy
+from fastsd.packing import count_tokens
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, FastsdError, TokenTree
 
@@ -49,8 +50,7 @@ def test_one_forward_of_every_token_once(folder):
     seen = []
     policy.decoder.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     policy.hidden(TREES)
-    unfed = sum(len(tree.branches) for tree in TREES)
-    assert seen == [(1, sum(tree.tokens for tree in TREES) - unfed, 32)]
+    assert seen == [(1, count_tokens(TREES).computed, 32)] == [(1, 8 + 1 + 23, 32)]
     with pytest.raises(FastsdError, match="without a prompt"):
         policy.hidden([TokenTree((), (Branch((), (1, 2)),))])
 

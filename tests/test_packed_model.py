@@ -7,6 +7,7 @@ from unpacked import everything_in_fp64, unpacked_hidden
 
 from fastsd.config import LoraConfig, ModelConfig
 from fastsd.model import load_policy
+from fastsd.packing import PrefixKeys, count_tokens
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import fused_linear_loss
 
@@ -21,6 +22,15 @@ STUDENT = [
 TEACHER = [
     TokenTree(question, tuple(map(Branch, contexts, responses)))
     for question, contexts, responses in zip(QUESTIONS, CONTEXTS, RESPONSES, strict=True)
+]
+# The question's tail differs, one feedback for the group below it; another feedback per response; a
+# question the student never saw; the first question again, as the whole prefix and as its start.
+LIVE_TEACHER = [
+    TokenTree((*range(30, 45), 80, 81), (Branch((), (53, 54)), Branch((82,), (60, 61, 62)))),
+    TokenTree((5, 6, 7), (Branch((70, 71), (9, 10, 11, 12)), Branch((), (13,)))),
+    TokenTree((90, 91), (Branch((92,), (93, 94)),)),
+    TokenTree((5, 6, 7), (Branch((72,), (14, 15, 16)),)),
+    TokenTree((5, 6), (Branch((), (21, 22)),)),
 ]
 LORA = LoraConfig(r=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -89,3 +99,40 @@ def test_packed_equals_unpacked(folder, dtype, lora, checkpointing, monkeypatch)
     worst = max(errors, key=lambda name: errors[name])
     print(worst, errors[worst])
     assert errors[worst] <= TOLERANCE[dtype], f"{worst}: {errors[worst]:.2e}"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_a_live_teacher_reads_the_students_questions(folder, checkpointing, monkeypatch):
+    policy = load(folder, torch.float64, LORA, checkpointing)
+    everything_in_fp64(policy, monkeypatch)
+    want = policy.hidden(LIVE_TEACHER).detach()
+    plain, want_gradients = run(policy, policy.hidden)
+    keys = PrefixKeys()
+    tokens = []
+
+    def hidden(trees):
+        if torch.is_grad_enabled():
+            return policy.hidden(trees, fills=keys)
+        return policy.hidden(trees, reads=keys)
+
+    got, gradients = run(policy, hidden)
+    assert max(error(a, b) for a, b in zip(got, plain, strict=True)) <= 1e-10
+    assert all(error(gradients[n], grad) <= 1e-10 for n, grad in want_gradients.items())
+    policy.decoder.layers[0].register_forward_pre_hook(lambda _, a: tokens.append(a[0].shape[1]))
+    read = policy.hidden(LIVE_TEACHER, reads=keys)
+    assert error(read.detach(), want) <= 1e-10
+    # All but the last token of what the student saw: 15 + 2 + 0 + 2 + 1 of 17 + 3 + 2 + 3 + 2.
+    assert tokens == [count_tokens(LIVE_TEACHER, keys).computed]
+    assert count_tokens(LIVE_TEACHER).computed - tokens[0] == 20
+    assert not any(x.requires_grad for layer in keys.layers.values() for x in layer)
+
+
+def test_token_counts_against_full_rows():
+    counts = count_tokens(TEACHER)
+    fed = [
+        (*tree.prefix_ids, *branch.context_ids, *branch.response_ids[:-1])
+        for tree in TEACHER
+        for branch in tree.branches
+    ]
+    assert sum(counts) == sum(map(len, fed))
+    assert counts.saved == 2 * 3 + 0 * 1 + 1 * 17

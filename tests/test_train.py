@@ -108,12 +108,17 @@ def test_the_teacher_never_gets_gradient_and_dropout_is_off(tmp_path):
         assert not isinstance(module, torch.nn.Dropout) or module.p == 0.0
         assert getattr(module, "attention_dropout", 0.0) == 0.0
     frozen = session_of(tmp_path, "critique", teacher={"kind": "frozen"})
-    live_gradients, _ = kept_gradients(session, session.next_samples())
+    samples = session.next_samples()
+    live_gradients, _ = kept_gradients(session, samples)
     frozen_gradients, _ = kept_gradients(frozen, frozen.next_samples())
-    # Before the first update both teachers hold the same weights: gradient through the teacher
-    # would make the live one differ.
+    # Before the first update both teachers hold the same weights. The live one reads the student's
+    # questions, so its products have other shapes and round differently: measured 4e-6.
     for name, gradient in frozen_gradients.items():
-        assert torch.equal(live_gradients[name], gradient), name
+        error = (live_gradients[name] - gradient).abs().max()
+        assert error <= 2e-5 * gradient.abs().max(), name
+    student_TD, questions = session.student_hidden(samples, teaches=True)
+    teacher_TD = session.teacher_hidden(samples, student_TD, questions)
+    assert questions.layers and student_TD.requires_grad and not teacher_TD.requires_grad
     assert all(not p.requires_grad for p in frozen.teacher.policy.model.parameters())
 
 
@@ -175,6 +180,8 @@ def test_a_run_leaves_its_folder(tmp_path):
         "length/truncated_share", "feedback/cut_share", "feedback/missing_share", "memory/peak_mib",
         *(f"time/{phase}_s" for phase in PHASES),
         *(f"tokens_per_s/{phase}" for phase in PHASES),
+        *(f"{what}/{role}" for what in ("tokens", "tokens_saved", "sharing")
+          for role in ("student", "teacher")),
     }  # fmt: skip
     assert wanted <= record.keys()
     table = pq.read_table(run / "completions" / "completions_00002.parquet")
