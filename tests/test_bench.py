@@ -39,19 +39,40 @@ def cell(op="reverse_kl", dtype=torch.bfloat16, **changes):
     return cells.Cell(SHAPE, op, dtype, CPU, **{"rounds": 2, **changes})
 
 
-def test_peak_memory_sees_temporaries_and_what_is_returned():
-    def run():
-        held = torch.ones(20 * MEBIBYTE // 4)
-        temporary = torch.ones(90 * MEBIBYTE // 4)
-        del temporary
-        return held
+def printed_alone(code: str) -> list[int]:
+    """What `code` prints in a process of its own, where the allocator's state is its own too."""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [int(word) for word in found.stdout.split()]
 
-    for _ in range(2):  # memory kept from the first call must not hide the second's
-        peak, held = measure.peak_memory(run, CPU)
-        assert held.nbytes == 20 * MEBIBYTE
+
+PEAKS = """
+import torch
+from bench import measure
+
+def run():
+    held = torch.ones(20 * 2**20 // 4)
+    temporary = torch.ones(90 * 2**20 // 4)
+    del temporary
+    return held
+
+for _ in range(2):
+    peak, held = measure.peak_memory(run, torch.device("cpu"))
+    print(peak, held.nbytes)
+    del held
+print(measure.peak_memory(lambda: None, torch.device("cpu"))[0])
+"""
+
+
+def test_peak_memory_sees_temporaries_and_what_is_returned():
+    """Memory kept from the first call must not hide the second's."""
+    *calls, nothing = printed_alone(PEAKS)
+    for peak, held in (calls[:2], calls[2:]):
+        assert held == 20 * MEBIBYTE
         assert peak == pytest.approx(110 * MEBIBYTE, abs=2 * MEBIBYTE)
-        del held
-    assert measure.peak_memory(lambda: None, CPU)[0] < MEBIBYTE
+    assert nothing < MEBIBYTE
 
 
 FAULTS = """
@@ -70,12 +91,7 @@ print(cold, faults())
 
 
 def test_rounds_do_not_pay_for_page_faults():
-    """In a process of its own, as the bench runs: other tests leave the allocator in any state."""
-    found = subprocess.run(
-        [sys.executable, "-c", FAULTS], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    cold, warm = map(int, found.stdout.split())
+    cold, warm = printed_alone(FAULTS)
     # Where large pages are always on, cold is a few dozen and there is nothing to hold.
     assert warm <= min(cold, 100), "12,288 pages of 4096 bytes if the memory had gone back"
 
