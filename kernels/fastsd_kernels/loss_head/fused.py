@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # Bytes of scratch, at most, and of the memory that is free, at most.
 SCRATCH_BYTES = 1 << 30
 _FREE_SHARE = 0.5
+# Columns of a vocabulary slice where memory is short, at most.
+SLICE_COLUMNS = 8192
 # Chunks start at multiples of this, so that all meet the same alignment and one compiled kernel.
 _ALIGNED_ROWS = 16
 
@@ -56,7 +58,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def evaluate(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) -> Evaluation:
     """Loss, statistics and the wanted gradients; see contract.py."""
     with torch.no_grad(), torch.cuda.device_of(inputs.student_TD):
-        return _run(_contiguous(inputs), options, wanted)
+        inputs = _contiguous(inputs)
+        if any(wanted) and not _needs_scratch(inputs, options) and _short_of_memory(inputs):
+            return _run_in_slices(inputs, options, wanted)
+        return _run(inputs, options, wanted)
 
 
 def statistics(inputs: Inputs, options: Options) -> RowStatistics:
@@ -141,7 +146,36 @@ def _run_chunk(
 
 
 def _tile_statistics(inputs: Inputs, options: Options) -> RowStatistics:
-    from .triton_finish import RESULTS, finish_rows
+    from .triton_finish import finish_rows
+
+    sums_T9, shift_T, results_RT = _tile_sums(inputs, options)
+    finish_rows(sums_T9, inputs, options, results_RT, shift_T=shift_T)
+    return _evaluation(results_RT, inputs, options, (None, None, None)).statistics
+
+
+def _run_in_slices(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) -> Evaluation:
+    from .fused_low_memory import sliced_gradients
+
+    sums_T9, shift_T, results_RT = _tile_sums(inputs, options)
+    each = 12 * inputs.student_TD.shape[0]  # two fp32 logits and, at most, an fp32 gradient
+    columns = max(_ALIGNED_ROWS, _scratch_bytes(inputs.student_TD.device) // each)
+    gradients = sliced_gradients(
+        inputs, options, wanted, sums_T9, shift_T, results_RT, min(columns, SLICE_COLUMNS)
+    )
+    return _evaluation(results_RT, inputs, options, gradients)
+
+
+def _short_of_memory(inputs: Inputs) -> bool:
+    """Would plan A's fp32 sum of the head's gradient take over half of what is free?"""
+    device = inputs.student_TD.device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return False
+    return 4 * inputs.head_VD.numel() > _FREE_SHARE * _free_bytes(device)
+
+
+def _tile_sums(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The tile's row sums, the shift they are relative to, and room for the results."""
+    from .triton_finish import RESULTS
     from .triton_tile import row_sums
 
     shift_T = None if inputs.teacher_TD is None else _shift(inputs, options)
@@ -153,9 +187,7 @@ def _tile_statistics(inputs: Inputs, options: Options) -> RowStatistics:
     # The tile sums e^(z - m) z, the row kernel e^(z - m) (z - m).
     sums_T9[:, 3] -= sums_T9[:, 0] * sums_T9[:, 1]
     rows, device = inputs.student_TD.shape[0], inputs.student_TD.device
-    results_RT = torch.empty(len(RESULTS), _round_up(rows), device=device)[:, :rows]
-    finish_rows(sums_T9, inputs, options, results_RT, shift_T=shift_T)
-    return _evaluation(results_RT, inputs, options, (None, None, None)).statistics
+    return sums_T9, shift_T, torch.empty(len(RESULTS), _round_up(rows), device=device)[:, :rows]
 
 
 def _shift(inputs: Inputs, options: Options) -> Tensor:
@@ -221,9 +253,12 @@ def _scratch_bytes(device: torch.device) -> int:
     """SCRATCH_BYTES, so the same chunks in every run, unless memory is about to run out."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return SCRATCH_BYTES
+    return min(SCRATCH_BYTES, int(_free_bytes(device) * _FREE_SHARE))
+
+
+def _free_bytes(device: torch.device) -> int:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    return min(SCRATCH_BYTES, int(free * _FREE_SHARE))
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _round_up(rows: int) -> int:

@@ -60,14 +60,14 @@ class StackedProducts:
         count, teacher = stop - start, self._inputs.teacher_TD
         hidden, logits = self._student[start:stop], self._logits_TV
         if teacher is None:
-            _multiply(hidden, self._head.T, logits[:count])
+            multiply(hidden, self._head.T, logits[:count])
             return Scratch(logits[:count], None, self._bias)
         teacher = self._stored(teacher[start:stop])
         if self._teacher_head is None:
-            _multiply(torch.cat([hidden, teacher]), self._head.T, logits[: 2 * count])
+            multiply(torch.cat([hidden, teacher]), self._head.T, logits[: 2 * count])
         else:
-            _multiply(hidden, self._head.T, logits[:count])
-            _multiply(teacher, self._teacher_head.T, logits[count : 2 * count])
+            multiply(hidden, self._head.T, logits[:count])
+            multiply(teacher, self._teacher_head.T, logits[count : 2 * count])
         return Scratch(logits[:count], logits[count : 2 * count], self._bias)
 
     def gradient_buffer(self, scratch: Scratch) -> Tensor:
@@ -81,13 +81,13 @@ class StackedProducts:
         hidden_TD = self._student[start:stop]
         if self._d_student is not None:
             part_TD = torch.empty_like(hidden_TD, dtype=torch.float32)
-            _multiply(g_TV, self._head, part_TD)
+            multiply(g_TV, self._head, part_TD)
             self._d_student[start:stop] = part_TD
         if self._wanted[1]:
             first = self._d_head is None
             if self._d_head is None:
                 self._d_head = torch.empty_like(self._head, dtype=torch.float32)
-            _multiply(g_TV.T, hidden_TD, self._d_head, add=not first)
+            multiply(g_TV.T, hidden_TD, self._d_head, add=not first)
         if self._wanted[2]:
             part_V = g_TV.sum(0, dtype=torch.float32)
             self._d_bias = part_V if self._d_bias is None else self._d_bias.add_(part_V)
@@ -118,7 +118,7 @@ def _padded(vocabulary: int) -> int:
     return -(-vocabulary // _ALIGNED) * _ALIGNED
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
+def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
     """out (fp32) <- left right, or += with `add`; operands bf16 or fp32, sums in fp32."""
     if left.dtype != out.dtype and not left.is_cuda:
         left, right = left.float(), right.float()
