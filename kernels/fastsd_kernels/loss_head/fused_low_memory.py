@@ -1,11 +1,11 @@
 """Training where memory is short (impl="triton"): plan B's row sums, then vocabulary slices.
 
-Plan A sums the head's gradient over chunks of rows in fp32 [V, D] and keeps [c, V] logits. Here the
-tile gives the row sums of all rows in O(T), and the coefficients follow; then for each slice of
-the vocabulary the logits are computed again, [T, slice], turned into the gradient by plan A's row
-kernel, and multiplied into both results. Each slice of d head_VD is whole at once and written
-once, in its own dtype. Six GEMMs a token instead of four. What must see a row's logits together (jsd,
-entry_clip, top_k) stays with plan A. Speed on a GPU: not measured.
+Plan A sums the head's gradient over chunks of rows in fp32 [V, D] and keeps [c, V] logits. Here
+the tile gives the row sums of all rows in O(T), and the coefficients follow; then for each slice of
+the vocabulary the logits are computed again, [T, slice], turned into the gradient by plan A's
+row kernel, and multiplied into both results. Each slice of d head_VD is whole at once and written
+once, in its own dtype. Six GEMMs a token instead of four. What must see a row's logits together
+(jsd, entry_clip, top_k) stays with plan A. Speed on a GPU: not measured.
 Shape suffixes: T rows, D hidden size, V vocabulary, S a slice of it, 9 row sums, C coefficients.
 """
 
