@@ -21,7 +21,7 @@ from fastsd_kernels.loss_head import fused
 from fastsd_kernels.testing import loss_head_inputs
 
 ROOT = Path(__file__).parents[2]
-FILES = ("test_fused.py", "test_fused_rows.py", "test_fused_memory.py")
+FILES = tuple(f"test_fused{part}.py" for part in ("", "_rows", "_memory", "_low_memory"))
 
 
 def run_interpreted(marker: str, cache: Path) -> None:

@@ -59,7 +59,7 @@ def evaluate(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) 
     """Loss, statistics and the wanted gradients; see contract.py."""
     with torch.no_grad(), torch.cuda.device_of(inputs.student_TD):
         inputs = _contiguous(inputs)
-        if any(wanted) and not _needs_scratch(inputs, options) and _short_of_memory(inputs):
+        if wanted[1] and not _needs_scratch(inputs, options) and _short_of_memory(inputs):
             return _run_in_slices(inputs, options, wanted)
         return _run(inputs, options, wanted)
 

@@ -118,31 +118,6 @@ def test_bf16_matches_fp64(options):
     check(x, FP32_ERROR, BF16_GRADIENT_ERROR, **options)
 
 
-@pytest.mark.parametrize(
-    "divergence, dtype",
-    [
-        ("forward_kl", torch.float32),
-        ("reverse_kl", torch.float32),
-        ("sampled_token", torch.float32),  # in bf16 single rows dominate, in plan A too
-        ("forward_kl", torch.bfloat16),
-        ("reverse_kl", torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_vocabulary_slices_where_memory_is_short(divergence, dtype, monkeypatch):
-    """Slices of 48 columns, the last one ragged; every term, softcap and a teacher's own head."""
-    ran, plain = [], fused._run_in_slices
-    monkeypatch.setattr(fused, "_short_of_memory", lambda _: True)
-    monkeypatch.setattr(fused, "SLICE_COLUMNS", 48)
-    monkeypatch.setattr(fused, "_run_in_slices", lambda *a: ran.append(1) or plain(*a))
-    x = loss_head_inputs(32, 16, 120, dtype, seed=1)
-    x["teacher_head_VD"] = loss_head_inputs(1, 16, 120, dtype, seed=2)["head_VD"].detach()
-    del x["old_logprob_T"]
-    budget = FP32_ERROR if dtype == torch.float32 else BF16_GRADIENT_ERROR
-    check(x, FP32_ERROR, budget, divergence=divergence, softcap=3.0, temperature=0.7)
-    assert ran
-
-
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_fp32_at_logit_scale_8(divergence):
     x = loss_head_inputs(12, 32, 500, torch.float32)
