@@ -73,4 +73,20 @@ int fastsd_top(const FastsdProblem* p, int64_t k, int64_t* index, float* logits,
 int fastsd_gradient(const FastsdProblem* p, const FastsdGradient* g) {
     return chosen()->gradient(*p, *g);
 }
+int64_t fastsd_packed_bytes(int32_t dtype, int64_t n, int64_t k) {
+    return chosen()->packed_bytes(dtype, n, k);
+}
+int fastsd_pack(int32_t dtype, const void* weight, int64_t row_stride, int64_t n, int64_t k,
+                void* packed, int32_t threads) {
+    return chosen()->pack(dtype, weight, row_stride, n, k, packed, threads);
+}
+int fastsd_linear(const FastsdLinear* p) { return chosen()->linear(*p); }
+int64_t fastsd_decode_bytes(int32_t dtype, int64_t kv_heads, int64_t head_dim, int64_t positions) {
+    return chosen()->decode_bytes(dtype, kv_heads, head_dim, positions);
+}
+int fastsd_decode_pack(const FastsdPrefix* p) { return chosen()->decode_pack(*p); }
+int fastsd_decode(const FastsdDecode* p) { return chosen()->decode(*p); }
+int fastsd_tree_forward(const FastsdTree* p) { return chosen()->tree_forward(*p); }
+int fastsd_tree_backward(const FastsdTree* p) { return chosen()->tree_backward(*p); }
+int fastsd_draw(const FastsdDraw* p) { return chosen()->draw(*p); }
 }

@@ -17,6 +17,7 @@ namespace FASTSD_ISA {
 
 constexpr int NR = 2 * LANES;
 constexpr int MR = LANES == 16 ? 14 : LANES == 8 ? 6 : 4;
+FASTSD_INLINE int64_t panels(int64_t columns) { return (columns + NR - 1) / NR; }
 constexpr int PAD = LANES;  // words that packing may write beyond its last block
 
 // What a packed word holds: bf16 pairs where the processor multiplies them, else one fp32.
@@ -45,14 +46,49 @@ FASTSD_INLINE void multiply_add(vf& c, Pair a, vf b) {
 }
 #endif
 
+// LANES words of B. Where they are fp32, B may hold them as bf16: half the bytes to read.
+FASTSD_INLINE vf lanes_of(const float* b) { return load(b); }
+FASTSD_INLINE vf lanes_of(const Pair* b) { return load((const float*)b); }
+FASTSD_INLINE vf lanes_of(const uint16_t* b) { return (vf)(halves(b) << 16); }
+
+// What a product asks of memory meanwhile: nothing; `step` bytes for each word of k; or so many, from
+// `near` up to word number `turn`, then from `far`. Without it the times to read and to multiply
+// add up.
+struct Nothing {
+    void operator()(int64_t) const {}
+};
+struct Along {
+    const char* data;
+    int64_t step;
+    FASTSD_INLINE_MEMBER void operator()(int64_t k) const {
+        __builtin_prefetch(data + k * step);
+        __builtin_prefetch(data + k * step + 64);
+    }
+};
+struct Ahead {
+    const char *near, *far;
+    int64_t turn, step;
+    FASTSD_INLINE_MEMBER void operator()(int64_t k) const { Along{k < turn ? near : far, step}(k); }
+};
+constexpr int64_t DISTANCE = 8192;  // bytes: enough to cover memory, and it stays in L1
+
+// DISTANCE ahead of B: within the `left` words of k from here on, then in what is read next.
+template <class Stored>
+static Ahead ahead_of(const Stored* here, int64_t left, const Stored* next) {
+    int64_t step = NR * (int64_t)sizeof(Stored), turn = left - DISTANCE / step;
+    if (turn < 0) turn = 0;
+    return {(const char*)here + DISTANCE, (const char*)next - turn * step, turn, step};
+}
+
 // One register tile: a[depth][M], b[depth][NR] -> c[M][NR] with row stride c_stride. What is in c
 // is added at the end, not at the start: sums over groups of columns stay short, and more exact.
-template <int M, class Word>
-static void tile(const Word* a, const Word* b, int64_t depth, float* c, int64_t c_stride,
-                 bool add) {
+template <int M, class Word, class Stored, class Meanwhile>
+static void tile(const Word* a, const Stored* b, int64_t depth, float* c, int64_t c_stride,
+                 bool add, const Meanwhile& meanwhile, int64_t done) {
     vf acc[M][2] = {};
     for (int64_t k = 0; k < depth; k++) {
-        vf b0 = load((const float*)(b + k * NR)), b1 = load((const float*)(b + k * NR + LANES));
+        meanwhile(done + k);
+        vf b0 = lanes_of(b + k * NR), b1 = lanes_of(b + k * NR + LANES);
 #pragma GCC unroll 14
         for (int i = 0; i < M; i++) {
             multiply_add(acc[i][0], a[k * M + i], b0);
@@ -73,15 +109,15 @@ template <>
 constexpr int64_t RUN<Pair> = 1024;
 
 // m <= MR rows over the whole depth.
-template <class Word, int M = MR>
-static void product(int m, const Word* a, const Word* b, int64_t depth, float* c, int64_t c_stride,
-                    bool add) {
+template <class Word, int M = MR, class Stored, class Meanwhile = Nothing>
+static void product(int m, const Word* a, const Stored* b, int64_t depth, float* c,
+                    int64_t c_stride, bool add, const Meanwhile& meanwhile = {}) {
     if constexpr (M > 1)
-        if (m < M) return product<Word, M - 1>(m, a, b, depth, c, c_stride, add);
+        if (m < M) return product<Word, M - 1>(m, a, b, depth, c, c_stride, add, meanwhile);
     int64_t k = 0;
     do {
         int64_t run = depth - k < RUN<Word> ? depth - k : RUN<Word>;
-        tile<M, Word>(a + k * M, b + k * NR, run, c, c_stride, add || k > 0);
+        tile<M>(a + k * M, b + k * NR, run, c, c_stride, add || k > 0, meanwhile, k);
         k += run;
     } while (k < depth);
 }

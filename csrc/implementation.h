@@ -1,17 +1,23 @@
 // One instruction set's functions, from its LANES and BF16_DOT; the types are chosen here.
 #pragma once
 #include "backward.h"
+#include "decode.h"
 #include "divergence.h"
 #include "dispatch.h"
+#include "draw.h"
 #include "forward.h"
+#include "linear.h"
 #include "top.h"
+#include "tree_backward.h"
+#include "tree_forward.h"
 
 namespace FASTSD_ISA {
 
 #if BF16_DOT
-typedef Pair Bf16Word;
+typedef Pair Bf16Word, Bf16Stored;
 #else
-typedef float Bf16Word;  // widened while packing
+typedef float Bf16Word;       // widened while packing
+typedef uint16_t Bf16Stored;  // but what stays in memory keeps its size
 #endif
 
 template <class In, class Word, int KEEP>
@@ -71,6 +77,45 @@ static int64_t scratch_bytes(int32_t keep, int64_t kept, int64_t borrowed, int64
 }
 static int64_t borrowed_rows(int32_t keep, int64_t row_bytes) {
     return keep == FASTSD_NOTHING ? 0 : NR * row_bytes / slot_bytes(keep);
+}
+
+typedef Linear<uint16_t, Bf16Word, Bf16Stored> LinearBf16;
+typedef Linear<float, float, float> LinearF32;
+
+static int64_t packed_bytes(int32_t dtype, int64_t n, int64_t k) {
+    return dtype == FASTSD_BF16 ? LinearBf16::packed_bytes(n, k) : LinearF32::packed_bytes(n, k);
+}
+static int pack(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k,
+                void* packed, int32_t threads) {
+    return dtype == FASTSD_BF16
+               ? LinearBf16::pack((const uint16_t*)weight, stride, n, k, (Bf16Stored*)packed,
+                                  threads)
+               : LinearF32::pack((const float*)weight, stride, n, k, (float*)packed, threads);
+}
+static int linear(const FastsdLinear& p) {
+    return p.dtype == FASTSD_BF16 ? LinearBf16(p).run() : LinearF32(p).run();
+}
+
+static int64_t decode_bytes(int32_t dtype, int64_t kv_heads, int64_t head_dim, int64_t positions) {
+    return dtype == FASTSD_BF16 ? HeadLayout<Bf16Stored>(head_dim, positions).bytes(kv_heads)
+                                : HeadLayout<float>(head_dim, positions).bytes(kv_heads);
+}
+static int decode_pack(const FastsdPrefix& p) {
+    return p.dtype == FASTSD_BF16 ? pack_prefix<uint16_t, Bf16Stored>(p)
+                                  : pack_prefix<float, float>(p);
+}
+static int decode(const FastsdDecode& p) {
+    return p.dtype == FASTSD_BF16 ? Decode<uint16_t, Bf16Word, Bf16Stored>(p).run()
+                                  : Decode<float, float, float>(p).run();
+}
+
+static int tree_forward(const FastsdTree& p) {
+    return p.dtype == FASTSD_BF16 ? TreeForward<uint16_t, Bf16Word>(p).run()
+                                  : TreeForward<float, float>(p).run();
+}
+static int tree_backward(const FastsdTree& p) {
+    return p.dtype == FASTSD_BF16 ? TreeBackward<uint16_t, Bf16Word>(p).run()
+                                  : TreeBackward<float, float>(p).run();
 }
 
 }  // namespace FASTSD_ISA

@@ -16,5 +16,14 @@ const FastsdImplementation fastsd_avx2 = {
     avx2::divergence_sums,
     avx2::top,
     avx2::gradient,
+    avx2::packed_bytes,
+    avx2::pack,
+    avx2::linear,
+    avx2::decode_bytes,
+    avx2::decode_pack,
+    avx2::decode,
+    avx2::tree_forward,
+    avx2::tree_backward,
+    avx2::draw,
 };
 #endif

@@ -16,5 +16,14 @@ const FastsdImplementation fastsd_avx512 = {
     avx512::divergence_sums,
     avx512::top,
     avx512::gradient,
+    avx512::packed_bytes,
+    avx512::pack,
+    avx512::linear,
+    avx512::decode_bytes,
+    avx512::decode_pack,
+    avx512::decode,
+    avx512::tree_forward,
+    avx512::tree_backward,
+    avx512::draw,
 };
 #endif

@@ -16,5 +16,14 @@ const FastsdImplementation fastsd_avx512_bf16 = {
     avx512_bf16::divergence_sums,
     avx512_bf16::top,
     avx512_bf16::gradient,
+    avx512_bf16::packed_bytes,
+    avx512_bf16::pack,
+    avx512_bf16::linear,
+    avx512_bf16::decode_bytes,
+    avx512_bf16::decode_pack,
+    avx512_bf16::decode,
+    avx512_bf16::tree_forward,
+    avx512_bf16::tree_backward,
+    avx512_bf16::draw,
 };
 #endif

@@ -14,4 +14,13 @@ const FastsdImplementation fastsd_scalar = {
     scalar::divergence_sums,
     scalar::top,
     scalar::gradient,
+    scalar::packed_bytes,
+    scalar::pack,
+    scalar::linear,
+    scalar::decode_bytes,
+    scalar::decode_pack,
+    scalar::decode,
+    scalar::tree_forward,
+    scalar::tree_backward,
+    scalar::draw,
 };

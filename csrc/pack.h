@@ -5,6 +5,7 @@
 //     pack_cols   k runs down the source rows: neighbouring columns are lanes already.
 //                 h for d W (B), G for d W (A), W for d h (B).
 // Source elements are bf16 (uint16_t) or fp32; words are bf16 pairs or fp32; what is missing is 0.
+// A panel of B that stays in memory may hold single bf16 numbers where the words are fp32.
 #pragma once
 #include "gemm.h"
 
@@ -20,6 +21,9 @@ FASTSD_INLINE void word_of(float* out, const uint16_t* row, int64_t k, int64_t c
 FASTSD_INLINE void word_of(Pair* out, const uint16_t* row, int64_t k, int64_t count) {
     uint32_t low = 2 * k < count ? row[2 * k] : 0, high = 2 * k + 1 < count ? row[2 * k + 1] : 0;
     *out = low | high << 16;
+}
+FASTSD_INLINE void word_of(uint16_t* out, const uint16_t* row, int64_t k, int64_t count) {
+    *out = k < count ? row[k] : 0;
 }
 
 // LANES words from a row that has them all.
@@ -71,16 +75,17 @@ FASTSD_INLINE void transpose(vi w[LANES]) {
 template <class Word, class In>
 static void pack_rows_block(const In* rows, int64_t row_stride, int n, int64_t count, Word* out,
                             int64_t stride) {
-    int64_t depth = words<Word>(count), whole = count / DEPTH<Word> / LANES * LANES;
-    for (int64_t k = 0; k < whole; k += LANES) {
-        vi w[LANES];
-        for (int i = 0; i < LANES; i++)
-            w[i] = i < n ? words_at(rows + i * row_stride, k, Word{}) : vi{};
-        transpose(w);
-        for (int i = 0; i < LANES; i++) memcpy(out + (k + i) * stride, &w[i], sizeof w[i]);
-    }
-    for (int64_t k = whole; k < depth; k++) {
-        memset(out + k * stride, 0, sizeof(vi));
+    int64_t depth = words<Word>(count), k = 0;
+    if constexpr (sizeof(Word) == sizeof(float))
+        for (; k + LANES <= count / DEPTH<Word>; k += LANES) {
+            vi w[LANES];
+            for (int i = 0; i < LANES; i++)
+                w[i] = i < n ? words_at(rows + i * row_stride, k, Word{}) : vi{};
+            transpose(w);
+            for (int i = 0; i < LANES; i++) memcpy(out + (k + i) * stride, &w[i], sizeof w[i]);
+        }
+    for (; k < depth; k++) {
+        memset(out + k * stride, 0, LANES * sizeof(Word));
         for (int i = 0; i < n; i++) word_of(out + k * stride + i, rows + i * row_stride, k, count);
     }
 }
@@ -121,13 +126,14 @@ static void pack_cols_block(const In* rows, int64_t row_stride, int n, int64_t r
     for (int64_t k = 0; k < words<Word>(count); k++) {
         const In* upper = rows + k * DEPTH<Word> * row_stride;
         const In* lower = upper + (DEPTH<Word> == 2 && 2 * k + 1 < count ? row_stride : 0);
-        if (readable >= LANES && (DEPTH<Word> == 1 || lower != upper)) {
-            vi w = column_words(upper, lower, Word{});
-            memcpy(out + k * stride, &w, sizeof w);
-            continue;
-        }
+        if constexpr (sizeof(Word) == sizeof(float))
+            if (readable >= LANES && (DEPTH<Word> == 1 || lower != upper)) {
+                vi w = column_words(upper, lower, Word{});
+                memcpy(out + k * stride, &w, sizeof w);
+                continue;
+            }
         In pair[2];
-        memset(out + k * stride, 0, sizeof(vi));
+        memset(out + k * stride, 0, LANES * sizeof(Word));
         for (int i = 0; i < n; i++) {
             pair[0] = upper[i], pair[1] = lower == upper ? In{} : lower[i];
             word_of(out + k * stride + i, pair, 0, DEPTH<Word>);

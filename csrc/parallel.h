@@ -16,6 +16,7 @@ namespace FASTSD_ISA {
 // body(thread) for thread = 0 .. threads - 1, side by side.
 template <class Body>
 inline void parallel(int threads, const Body& body) {
+    if (threads == 1) return body(0);
 #if defined(FASTSD_STD_THREADS)
     std::vector<std::thread> others;
     for (int i = 1; i < threads; i++) others.emplace_back([&body, i] { body(i); });
@@ -48,6 +49,32 @@ struct Buffer {
     ~Buffer() { free(data); }
     bool ok() const { return data != nullptr; }
     T* operator+(int64_t i) const { return data + i; }
+};
+
+// A thread's memory that stays from call to call and grows as needed: calls that take microseconds
+// must not allocate. Under AddressSanitizer it always has the size asked for.
+struct Kept {
+    char* data = nullptr;
+    int64_t bytes = 0;
+    Kept() = default;
+    Kept(const Kept&) = delete;
+    Kept& operator=(const Kept&) = delete;
+    ~Kept() { free(data); }
+
+    // Null where there is no memory.
+    template <class T>
+    T* room(int64_t count) {
+#if defined(__SANITIZE_ADDRESS__)
+        bytes = 0;
+#endif
+        int64_t needed = count * (int64_t)sizeof(T);
+        if (!data || needed > bytes) {
+            free(data);
+            data = (char*)aligned_alloc(64, (size_t)(needed + 64) / 64 * 64);
+            bytes = data ? needed : 0;
+        }
+        return (T*)data;
+    }
 };
 
 }  // namespace FASTSD_ISA

@@ -42,7 +42,6 @@ FASTSD_INLINE int64_t slot_bytes(int32_t keep) {
            : keep == FASTSD_NOTHING ? 0
                                     : SLOT_BYTES<FASTSD_STUDENT_GAP>;
 }
-FASTSD_INLINE int64_t panels(int64_t vocabulary) { return (vocabulary + NR - 1) / NR; }
 
 // Slots of the last, partial panel of borrowed rows; other slots; references.
 FASTSD_INLINE Slot slot_at(const FastsdProblem& p, int64_t panel, int64_t row, int64_t bytes) {

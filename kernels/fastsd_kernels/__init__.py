@@ -20,8 +20,10 @@ if TYPE_CHECKING:
         vocabulary_sharded_linear_loss,
         vocabulary_sharded_linear_statistics,
     )
+    from .packed_linear import PackedLinear
     from .prefix_attention import PrefixTree, shared_prefix_attention
-    from .sampling import sample_tokens
+    from .prefix_decode import PrefixDecodeCache
+    from .sampling import sample_from_logits, sample_tokens
 
 _HOME = {
     "fused_linear_loss": "loss_head",
@@ -32,15 +34,21 @@ _HOME = {
     "vocabulary_sharded_linear_statistics": "loss_head.sharded",
     "PrefixTree": "prefix_attention",
     "shared_prefix_attention": "prefix_attention",
+    "PackedLinear": "packed_linear",
+    "PrefixDecodeCache": "prefix_decode",
+    "sample_from_logits": "sampling",
     "sample_tokens": "sampling",
 }
 
 __all__ = [
     "LossHeadOutput",
     "LossHeadStatistics",
+    "PackedLinear",
+    "PrefixDecodeCache",
     "PrefixTree",
     "fused_linear_loss",
     "fused_linear_statistics",
+    "sample_from_logits",
     "sample_tokens",
     "shared_prefix_attention",
     "vocabulary_sharded_linear_loss",

@@ -7,81 +7,88 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kernels.prefix_attention_cases import BF16_ROUNDING, LONG, TREES, attend, check, inputs, step
+from kernels.test_loss_head_native_calls import run, runs_here
 
 from fastsd_kernels.prefix_attention import PrefixTree, cpu_flash, merged, shared_prefix_attention
 from fastsd_kernels.prefix_attention.reference import dense_mask
 from fastsd_kernels.testing import poisoned_empty, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+FAST = [("torch", dtype) for dtype in DTYPES] + [("native", dtype) for dtype in DTYPES[1:]]
 GROUPS = [(4, 4), (4, 2), (4, 1), (9, 3), (1, 1)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl, dtype", FAST, ids=str)
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_every_tree(tree, dtype):
+def test_every_tree(tree, impl, dtype):
     x = inputs(tree)
     exact = step(x, tree, torch.float64, "reference")
     with poisoned_empty():
-        check(step(x, tree, dtype, "torch"), exact, dtype)
+        check(step(x, tree, dtype, impl), exact, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl, dtype", FAST, ids=str)
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
-def test_grouped_heads(heads, kv_heads, dtype):
+def test_grouped_heads(heads, kv_heads, impl, dtype):
     tree = TREES["outside, deep"]
     x = inputs(tree, heads, kv_heads)
-    check(step(x, tree, dtype), step(x, tree, torch.float64, "reference"), dtype)
+    check(step(x, tree, dtype, impl), step(x, tree, torch.float64, "reference"), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl, dtype", FAST, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 256])
-def test_head_dims(head_dim, dtype):
+def test_head_dims(head_dim, impl, dtype):
     tree = TREES["outsides"]
     x = inputs(tree, head_dim=head_dim)
-    check(step(x, tree, dtype), step(x, tree, torch.float64, "reference"), dtype)
+    check(step(x, tree, dtype, impl), step(x, tree, torch.float64, "reference"), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_head_dim_of_one(dtype):
+@pytest.mark.parametrize("impl, dtype", FAST[:2] + FAST[3:4], ids=str)
+def test_head_dim_of_one(impl, dtype):
     x = inputs(LONG, head_dim=1)
-    check(step(x, LONG, dtype), step(x, LONG, torch.float64, "reference"), dtype)
+    check(step(x, LONG, dtype, impl), step(x, LONG, torch.float64, "reference"), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_more_than_a_block(dtype):
+@pytest.mark.parametrize("impl, dtype", FAST, ids=str)
+def test_more_than_a_block(impl, dtype):
     x = inputs(LONG, 2, 1, 64)
-    check(step(x, LONG, dtype), step(x, LONG, torch.float64, "reference"), dtype)
+    check(step(x, LONG, dtype, impl), step(x, LONG, torch.float64, "reference"), dtype)
 
 
+@pytest.mark.parametrize("impl, dtype", [("torch", torch.float64), ("native", torch.float32)])
 @pytest.mark.parametrize("scale", [0.03, 1.0, 2])
-def test_scale(scale):
+def test_scale(scale, impl, dtype):
     tree = TREES["outside, deep"]
     x = inputs(tree)
     exact = step(x, tree, torch.float64, "reference", scale=scale)
-    check(step(x, tree, torch.float64, scale=scale), exact, torch.float64)
+    check(step(x, tree, dtype, impl, scale=scale), exact, dtype)
     assert relative_error(exact[0], step(x, tree, torch.float64, "reference")[0]) > 0.01
 
 
-def test_large_scores():
+@pytest.mark.parametrize(
+    "impl, dtype, error", [("torch", torch.float64, 1e-11), ("native", torch.float32, 5e-4)]
+)
+def test_large_scores(impl, dtype, error):
     """Scores of some hundreds: one part's weight is 0 or 1 for most rows."""
     tree = TREES["depth 3"]
     x = inputs(tree)
     exact = step(x, tree, torch.float64, "reference", scale=50.0)
-    found = step(x, tree, torch.float64, scale=50.0)
+    found = step(x, tree, dtype, impl, scale=50.0)
     assert all(torch.isfinite(part).all() for part in found)
-    # The rounding of scores, 200 u, is what reaches the weights.
-    assert max(relative_error(a, b) for a, b in zip(found, exact, strict=True)) < 1e-11
+    # The rounding of scores, of some hundreds of units, is what reaches the weights.
+    assert max(relative_error(a, b) for a, b in zip(found, exact, strict=True)) < error
 
 
 def test_no_tokens():
     tree = PrefixTree([3, 0], [None, 0], outside=1)
-    for impl in ("torch", "reference"):
+    for impl in ("native", "torch", "reference"):
         out, *gradients = step(inputs(tree), tree, torch.float32, impl)
         assert out.shape == (0, 4, 16)
         assert not any(gradient.any() for gradient in gradients)
 
 
-def test_bf16_errs_no_more_than_torch_without_sharing():
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_bf16_errs_no_more_than_torch_without_sharing(impl):
     """Against scaled_dot_product_attention on full rows, prefix repeated, in the same precision."""
     tree, prefix, branch, branches = PrefixTree([64, 32, 32], [None, 0, 0]), 64, 32, 2
     x = inputs(tree, 4, 2, 64)
@@ -97,7 +104,7 @@ def test_bf16_errs_no_more_than_torch_without_sharing():
     packed = torch.cat([whole[0, :, :prefix], *whole[:, :, prefix:]], 1).transpose(0, 1)
     upstream = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     unshared = [packed.detach(), *torch.autograd.grad(packed, leaves, upstream)]
-    found = step(x, tree, torch.bfloat16)
+    found = step(x, tree, torch.bfloat16, impl)
     for mine, theirs, true in zip(found, unshared, exact, strict=True):
         # One more rounding, of the parts.
         assert relative_error(mine, true) < relative_error(theirs, true) + BF16_ROUNDING
@@ -155,16 +162,48 @@ def test_any_strides():
         torch.testing.assert_close(a.grad, true, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_every_run(dtype):
+@pytest.mark.parametrize("impl, dtype", FAST, ids=str)
+def test_same_bits_every_run(impl, dtype):
     x = inputs(LONG, 2, 1, 64)
-    first = step(x, LONG, dtype)
+    first = step(x, LONG, dtype, impl)
     for _ in range(3):
-        assert all(map(torch.equal, first, step(x, LONG, dtype)))
+        assert all(map(torch.equal, first, step(x, LONG, dtype, impl)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_questions_do_not_touch_each_other(dtype):
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tree", [LONG, TREES["questions"], TREES["outside below outside"]])
+def test_native_has_the_same_bits_on_any_number_of_threads(tree, dtype):
+    x = inputs(tree, 6, 2, 40)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(step(x, tree, dtype, "native"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize(
+    "instruction_set",
+    ["avx2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("avx512", "scalar"))],
+)
+def test_native_on_every_instruction_set(instruction_set):
+    """The same comparisons in a process of their own: the choice is made once a process."""
+    if not runs_here(instruction_set):
+        pytest.skip(f"this processor has no {instruction_set}")
+    names = ("every_tree", "grouped_heads", "head_dims", "more_than_a_block")
+    tests = [f"{__file__}::test_{name}" for name in names]
+    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native")
+    found = run(instruction_set, *options, *tests)
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert int(found.stdout.rsplit(" passed")[0].split()[-1]) > 50
+
+
+@pytest.mark.parametrize("impl, dtype", FAST, ids=str)
+def test_questions_do_not_touch_each_other(impl, dtype):
     """A question's results are the same bits wherever in a pack it stands."""
     lengths, parents = [6, 3, 5], [None, 0, 0]
     other, other_parents = [4, 2], [None, 0]
@@ -179,9 +218,9 @@ def test_questions_do_not_touch_each_other(dtype):
         (first, [torch.cat([a, b]) for a, b in zip(x, y, strict=True)], slice(0, 14)),
     ):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
-        out = attend(leaves, tree)
+        out = attend(leaves, tree, impl=impl)
         (out[rows].float() ** 2).sum().backward()
-        results.append([out[rows], *(leaf.grad[rows] for leaf in leaves)])
+        results.append([out[rows].detach(), *(leaf.grad[rows] for leaf in leaves)])
     for other_result in results[1:]:
         assert all(map(torch.equal, results[0], other_result))
 

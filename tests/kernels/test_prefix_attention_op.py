@@ -8,6 +8,7 @@ from kernels.prefix_attention_cases import TREES, attend, inputs, step
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+from fastsd_kernels import native_library
 from fastsd_kernels.prefix_attention import (
     PrefixTree,
     dispatch,
@@ -20,13 +21,22 @@ from fastsd_kernels.testing import relative_error
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "impl, dtype",
+    [
+        ("torch", torch.float64),
+        ("torch", torch.bfloat16),
+        ("native", torch.float32),
+        ("native", torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["depth 3", "outside, deep", "nothing below"])
-def test_opcheck(name, dtype):
+def test_opcheck(name, impl, dtype):
     tree = TREES[name]
     x = [tensor.to(dtype).requires_grad_() for tensor in inputs(tree, 2, 1, 8)]
     x += [None] * (5 - len(x))
-    arguments = (tree.segments, tree.outside, 0.3, "torch")
+    arguments = (tree.segments, tree.outside, 0.3, impl)
     opcheck(op.prefix_attention, (*x, *arguments))
     constants = [None if tensor is None else tensor.detach() for tensor in x]
     out, lse = op.prefix_attention(*constants, *arguments)
@@ -49,9 +59,10 @@ def test_compiles_as_one_graph_for_every_layout():
     assert len(graphs) == 1
 
 
-def test_aot_compiled_gradients_are_the_same():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["torch", "native"])
+def test_aot_compiled_gradients_are_the_same(dtype):
     tree = TREES["outside, deep"]
-    x = [tensor.requires_grad_() for tensor in inputs(tree)]
+    x = [tensor.to(dtype).requires_grad_() for tensor in inputs(tree)]
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     found, exact = (torch.autograd.grad((f(x, tree) ** 2).sum(), x) for f in (compiled, attend))
     assert all(map(torch.equal, found, exact))
@@ -99,7 +110,7 @@ def test_autocast_leaves_fp64_and_hides_no_error():
 def test_operators_take_no_name_that_they_do_not_run():
     tree = TREES["group"]
     for impl in ("auto", "reference"):
-        with pytest.raises(ValueError, match=f"expected 'torch' or 'flash_attn', got '{impl}'"):
+        with pytest.raises(ValueError, match=f"'torch' or 'flash_attn', got '{impl}'"):
             op.prefix_attention(*inputs(tree), None, None, tree.segments, 0, 0.3, impl)
 
 
@@ -113,8 +124,16 @@ def test_second_derivatives_are_refused_and_the_reference_has_them():
     assert torch.autograd.grad(first[0].sum(), x[0])[0].abs().sum() > 0
 
 
-def test_auto_on_a_cpu_is_torch_and_on_others_what_can_run():
+def test_auto_takes_the_fastest_that_can_run(monkeypatch):
+    assert implementation_name("auto", CPU, torch.bfloat16, 64) == "native"
+    assert implementation_name("auto", CPU, torch.float16, 64) == "torch"
+    monkeypatch.setattr(native_library, "missing", lambda instead: f"not built, {instead}")
     assert implementation_name("auto", CPU, torch.bfloat16, 64) == "torch"
+    with pytest.raises(RuntimeError, match="'native' cannot run: not built, use impl='torch'"):
+        implementation_name("native", CPU, torch.bfloat16, 64)
+
+
+def test_auto_on_other_devices():
     assert implementation_name("auto", torch.device("meta"), torch.float32, 64) == "reference"
     cuda = torch.device("cuda")
     assert implementation_name("auto", cuda, torch.float32, 64) == "reference"
@@ -126,6 +145,8 @@ def test_auto_on_a_cpu_is_torch_and_on_others_what_can_run():
 @pytest.mark.parametrize(
     "impl, device, dtype, head_dim, message",
     [
+        ("native", "cuda", torch.float32, 64, "runs on CPUs, these tensors are on cuda"),
+        ("native", "cpu", torch.float64, 64, "takes fp32 or bf16, not torch.float64"),
         ("flash_attn", "cpu", torch.bfloat16, 64, "needs CUDA tensors, these are on cpu"),
         ("torch", "meta", torch.float32, 64, "needs CUDA tensors, these are on meta"),
         ("torch", "cuda", torch.float32, 64, "take bf16 or fp16, not torch.float32"),
@@ -211,7 +232,7 @@ def test_nothing_is_repeated_and_no_mask_is_made(monkeypatch):
     monkeypatch.setattr(kernel, "forward", watched)
     tree = TREES["outsides"]
     x = [tensor.float() for tensor in inputs(tree)]
-    out = attend(x, tree)
+    out = attend(x, tree, impl="torch")
     monkeypatch.undo()
     storages = {tensor.untyped_storage().data_ptr() for tensor in x}
     assert seen and all(call <= storages for call in seen)

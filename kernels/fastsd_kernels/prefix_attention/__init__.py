@@ -1,9 +1,10 @@
 """Attention over a packed token tree: what several sequences share is computed and stored once.
 
 The question, the feedback and the rollouts of a group are the segments of a `PrefixTree`; the
-tokens of all of them lie packed in one tensor. `reference.py` is the definition. The fast way runs
-a flash kernel per part (`plan.py`), on the tree's own keys, never repeated, and merges the results
-exactly, backward included (`merged.py`). Here: the public interface.
+tokens of all of them lie packed in one tensor. `reference.py` is the definition. On CPUs one C++
+call runs the whole tree (`native.py`). Elsewhere a flash kernel runs per part (`plan.py`), on the
+tree's own keys, never repeated, and the results are merged exactly, backward included
+(`merged.py`). Here: the public interface.
 
 Shapes: T tokens of the pack, P of the prefixes from outside, N heads (keys and values may have
 fewer), H head dim.
@@ -52,14 +53,14 @@ def shared_prefix_attention(
             teacher's question. Differentiable too: leaf tensors here make a deferred prefix
             backward.
         scale: factor of the scores, default H ** -0.5.
-        impl: "auto" (on CUDA flash_attn where installed, else torch; torch on CPUs; reference
-            where neither can run), "torch" (ATen's flash kernels: any floating point on CPUs; bf16
-            or fp16 and head dims up to 256 in steps of 8 on CUDA), "flash_attn" (that package,
-            CUDA) or "reference" (dense mask, any device and dtype). An explicit choice never
-            falls back.
+        impl: "auto" (on CUDA flash_attn where installed, else torch; on CPUs native, else torch;
+            reference where none can run), "native" (this package's C++ kernel for CPUs, fp32 and
+            bf16), "torch" (ATen's flash kernels: any floating point on CPUs; bf16 or fp16 and head
+            dims up to 256 in steps of 8 on CUDA), "flash_attn" (that package, CUDA) or "reference"
+            (dense mask, any device and dtype). An explicit choice never falls back.
 
     Differentiable once in all five tensors (impl="reference": as often as one likes). On CPUs equal
-    calls give equal bits; on CUDA the backward does so under
+    calls give equal bits, "native" on any number of threads; on CUDA the backward does so under
     torch.use_deterministic_algorithms(True). Under autocast the tensors are cast to the autocast
     dtype first.
 

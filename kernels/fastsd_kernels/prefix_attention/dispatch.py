@@ -10,7 +10,9 @@ from types import ModuleType
 
 import torch
 
-NAMES = ("auto", "reference", "torch", "flash_attn")
+from . import native
+
+NAMES = ("auto", "reference", "native", "torch", "flash_attn")
 
 
 def implementation_name(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -20,9 +22,8 @@ def implementation_name(impl: str, device: torch.device, dtype: torch.dtype, hea
     if impl == "reference":
         return impl
     if impl == "auto":
-        usable = (
-            n for n in ("flash_attn", "torch") if _why_not(n, device, dtype, head_dim) is None
-        )
+        fastest = ("native", "flash_attn", "torch")
+        usable = (n for n in fastest if _why_not(n, device, dtype, head_dim) is None)
         return next(usable, "reference")
     reason = _why_not(impl, device, dtype, head_dim)
     if reason is not None:
@@ -31,9 +32,11 @@ def implementation_name(impl: str, device: torch.device, dtype: torch.dtype, hea
 
 
 def kernel(impl: str, device: torch.device) -> ModuleType:
-    """The module with the partial kernel that "torch" or "flash_attn" has for the device."""
-    if impl not in ("torch", "flash_attn"):
-        raise ValueError(f"impl: expected 'torch' or 'flash_attn', got {impl!r}")
+    """The module of the named implementation for the device."""
+    if impl not in ("native", "torch", "flash_attn"):
+        raise ValueError(f"impl: expected 'native', 'torch' or 'flash_attn', got {impl!r}")
+    if impl == "native":
+        return native
     at_home = "cpu_flash" if device.type == "cpu" else "cuda_flash"
     name = at_home if impl == "torch" else "flash_attn_package"
     return import_module(f"{__package__}.{name}")

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import dispatch, merged
+from . import dispatch, merged, native
 from .tree import PrefixTree
 from .validation import check_rows, check_tensors, checked_scale
 
@@ -52,6 +52,8 @@ def _run_forward(
     check_rows(query_TNH, prefix_key_PKH, tree)
     kernel = dispatch.kernel(impl, query_TNH.device)
     dispatch.implementation_name(impl, query_TNH.device, query_TNH.dtype, query_TNH.shape[2])
+    if kernel is native:
+        return native.forward(_tensors(*given), tree, scale)
     calls = kernel.calls(tree, query_TNH.device)
     return merged.forward(kernel, _tensors(*given), calls, scale)
 
@@ -85,9 +87,12 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the five inputs; without prefixes those of [0, K, H] tensors."""
     kernel = dispatch.kernel(impl, query_TNH.device)
-    calls = kernel.calls(_tree(segments_2S, outside), query_TNH.device)
+    tree = _tree(segments_2S, outside)
     tensors = _tensors(query_TNH, key_TKH, value_TKH, prefix_key_PKH, prefix_value_PKH)
     grad_TNH = _dense_rows(grad_TNH)
+    if kernel is native:
+        return native.backward(grad_TNH, tensors, out_TNH, lse_TN, tree, scale)
+    calls = kernel.calls(tree, query_TNH.device)
     return merged.backward(kernel, grad_TNH, tensors, out_TNH, lse_TN, calls, scale)
 
 
