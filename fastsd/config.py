@@ -93,7 +93,8 @@ class PromptConfig(Section):
     max_feedback_tokens: int = Field(default=4096, ge=1)
     """Longest feedback text."""
     feedback_overflow: Literal["error", "cut"] = "cut"
-    """cut: keep whole steps (lines) from the start of too long feedback, and count it."""
+    """cut: keep whole steps (lines) from the start of feedback that is too long, also for the
+    positions that the model has left, and count it."""
 
 
 class RolloutConfig(Section):
@@ -178,7 +179,8 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens through the network at once; more are accumulated. Results change only by rounding."""
+    """Packed tokens through the network at once, the student's and the teacher's each; more are
+    accumulated. A group that does not fit goes in parts. Results change only by rounding."""
 
 
 class EvalConfig(Section):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.cli import Invocation, dump_toml, for_condition
 from fastsd.feedback import CONDITIONS
+from fastsd.preflight import check_prompts
 from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
 from fastsd.session import Session, refuse_used_folder
@@ -37,7 +38,7 @@ def run_experiment(invocation: Invocation) -> None:
         for seed in range(config.seed, config.seed + config.seeds)
         for name in conditions
     ]
-    base, where = _prepare(invocation, run_dir, children[0][2])
+    base, where = _prepare(invocation, run_dir, [child for _, _, child in children])
     results: dict[str, list[EvalResult]] = {name: [] for name in conditions}
     for name, seed, child in children:
         results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base))
@@ -77,12 +78,14 @@ def _run_dir(config: Config) -> Path:
 
 
 def _prepare(
-    invocation: Invocation, run_dir: Path, config: Config
+    invocation: Invocation, run_dir: Path, children: list[Config]
 ) -> tuple[EvalResult, dict[str, Localisation]]:
     """Prints the header, evaluates the base once, measures where the contexts press on it."""
     from fastsd.localise import measure_localisation
 
-    session = Session(config, run_dir)
+    session = Session(children[0], run_dir)
+    for config in children:  # before the first of them trains
+        check_prompts(session, config)
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.resolved.toml", dump_toml(invocation.config))
     _print_header(invocation, session, run_dir)

@@ -6,12 +6,16 @@
 
 The prefix of a teacher's tree is the longest common token prefix of its group's prompts, so both
 forms come from one rule. Response ids are spliced as they were sampled, never re-tokenised.
+
+A micro-batch is what one budget of tokens holds: whole groups, or one group too big for it, whose
+prefixes go through the network first and whose branches follow in parts (`deferred.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastsd.types import Branch, Rollout, TokenTree
 
@@ -69,25 +73,84 @@ def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return shortest[:length]
 
 
-def micro_batches(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
-    """Splits samples, in order, so that one student pass holds at most `token_budget` tokens.
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples whose gradients are formed together.
 
-    Groups stay together where they fit; a single sample is never split, whatever its length.
+    parts: what goes through the network at once. deferred: the parts are one group's, and read the
+    prefixes that went through before them; otherwise there is one part, of whole groups.
     """
-    batches: list[list[Sample]] = []
-    used = 0
-    for group in _groups(samples):
-        costs = [len(s.rollout.response_ids) + len(s.teacher_ids or s.student_ids) for s in group]
-        fits_alone = sum(costs) <= token_budget
-        for index, (sample, cost) in enumerate(zip(group, costs, strict=True)):
-            # A group that fits alone starts a batch of its own rather than being split.
-            needed = sum(costs) if fits_alone and index == 0 else cost
-            if not batches or used + needed > token_budget:
-                batches.append([])
-                used = 0
-            batches[-1].append(sample)
-            used += cost
+
+    parts: tuple[tuple[Sample, ...], ...]
+    deferred: bool = False
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(sample for part in self.parts for sample in part)
+
+
+def micro_batches(samples: Sequence[Sample], token_budget: int) -> list[MicroBatch]:
+    """Splits samples so that a pass, the student's or the teacher's, has few enough packed tokens.
+
+    A pass has at most `token_budget` tokens, except that a prefix and a single branch are never
+    split. The teacher's are counted in full, also what a live teacher reads of the student's.
+    Groups stay together where they fit, first fit decreasing, each micro-batch in the samples'
+    order; those that do not fit come first, then the fullest, so that memory that does not suffice
+    shows at once.
+    """
+    groups = _groups(samples)
+    counts = [_pass_tokens(group) for group in groups]
+    totals = [_total([prefix, *branches]) for prefix, branches in counts]
+    whole = [i for i, total in enumerate(totals) if max(total) <= token_budget]
+    split = [i for i, total in enumerate(totals) if max(total) > token_budget]
+    batches = []
+    for i in sorted(split, key=lambda i: -max(totals[i])):
+        # A part computes the prefix's last token again, for its hidden state.
+        parts = _first_fit(counts[i][1], token_budget, start=PassTokens(1, 1))
+        chosen = (tuple(groups[i][j] for j in part) for part in parts)
+        batches.append(MicroBatch(tuple(chosen), deferred=True))
+    for together in _first_fit([totals[i] for i in whole], token_budget, start=PassTokens(0, 0)):
+        batches.append(MicroBatch((tuple(s for j in together for s in groups[whole[j]]),)))
     return batches
+
+
+class PassTokens(NamedTuple):
+    """Packed tokens of the student's pass and of the teacher's."""
+
+    student: int
+    teacher: int
+
+
+def _pass_tokens(group: Sequence[Sample]) -> tuple[PassTokens, list[PassTokens]]:
+    """What a group's prefixes and each of its branches put into a pack."""
+    prompts = [sample.teacher_ids for sample in group if sample.teacher_ids is not None]
+    shared = len(common_prefix(prompts)) if prompts else 0
+    branches = []
+    for sample in group:
+        fed = len(sample.rollout.response_ids) - 1
+        taught = 0 if sample.teacher_ids is None else len(sample.teacher_ids) - shared + fed
+        branches.append(PassTokens(fed, taught))
+    return PassTokens(len(group[0].student_ids), shared), branches
+
+
+def _total(counts: Sequence[PassTokens]) -> PassTokens:
+    return PassTokens(sum(c.student for c in counts), sum(c.teacher for c in counts))
+
+
+def _first_fit(counts: Sequence[PassTokens], budget: int, start: PassTokens) -> list[list[int]]:
+    """Indices in bins that start with `start` tokens: first fit decreasing, fullest bin first."""
+    bins: list[list[int]] = []
+    used: list[PassTokens] = []
+    for index in sorted(range(len(counts)), key=lambda index: -max(counts[index])):
+        together = [_total([have, counts[index]]) for have in used]
+        place = next((i for i, total in enumerate(together) if max(total) <= budget), len(bins))
+        if place == len(bins):
+            bins.append([])
+            used.append(start)
+        bins[place].append(index)
+        used[place] = _total([used[place], counts[index]])
+    fullest = sorted(range(len(bins)), key=lambda i: -max(used[i]))
+    return [sorted(bins[i]) for i in fullest]
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -13,9 +13,13 @@ from collections.abc import Sequence
 import torch
 
 from fastsd.advantage import Localisation, localisation, token_spans
+from fastsd.config import TeacherConfig
+from fastsd.deferred import Passes
 from fastsd.feedback import CONDITIONS
-from fastsd.layout import Sample, micro_batches, student_trees, teacher_trees
+from fastsd.layout import Sample, micro_batches
+from fastsd.phases import PhaseClock
 from fastsd.session import Session
+from fastsd.teacher import Teacher
 from fastsd.types import Rollout
 from fastsd_kernels import fused_linear_statistics
 
@@ -48,25 +52,35 @@ def context_advantages(
     session: Session, rollouts: Sequence[Rollout], condition: str
 ) -> list[list[float]]:
     """A_t for every response token of every rollout, the policy being its own teacher."""
+    policy, samples = session.policy, [_sample(session, r, condition) for r in rollouts]
+    teacher = Teacher(policy, TeacherConfig(kind="live"))
+    advantages: dict[int, list[float]] = {}
+    for batch in micro_batches(samples, session.config.optim.micro_batch_tokens):
+        passes = Passes(policy, teacher, batch, PhaseClock(policy.device))
+        for part in batch.parts:
+            advantage_T = _advantages(session, part, passes)
+            lengths = [len(sample.rollout.response_ids) for sample in part]
+            for sample, values_T in zip(part, advantage_T.split(lengths), strict=True):
+                advantages[id(sample)] = values_T.tolist()
+    return [advantages[id(sample)] for sample in samples]
+
+
+def _advantages(session: Session, part: Sequence[Sample], passes: Passes) -> torch.Tensor:
+    """[T] over the response tokens of the part."""
     policy, config = session.policy, session.config
-    samples = [_sample(session, rollout, condition) for rollout in rollouts]
-    advantages: list[list[float]] = []
-    for batch in micro_batches(samples, config.optim.micro_batch_tokens):
-        ids = [i for s in batch for i in s.rollout.response_ids]
-        statistics = fused_linear_statistics(
-            policy.hidden(student_trees(batch)),
-            policy.head_VD,
-            torch.tensor(ids, device=policy.device),
-            teacher_TD=policy.hidden(teacher_trees(batch)),
-            temperature=config.rollout.temperature,
-            impl=config.loss.impl,
-            **policy.head_options(),
-        )
-        assert statistics.teacher_logprob_T is not None
-        advantage_T = statistics.teacher_logprob_T - statistics.student_logprob_T
-        lengths = [len(sample.rollout.response_ids) for sample in batch]
-        advantages += [part.tolist() for part in advantage_T.split(lengths)]
-    return advantages
+    ids = [i for sample in part for i in sample.rollout.response_ids]
+    student_TD = passes.student(part)
+    statistics = fused_linear_statistics(
+        student_TD,
+        policy.head_VD,
+        torch.tensor(ids, device=policy.device),
+        teacher_TD=passes.teacher(part, student_TD),
+        temperature=config.rollout.temperature,
+        impl=config.loss.impl,
+        **policy.head_options(),
+    )
+    assert statistics.teacher_logprob_T is not None
+    return statistics.teacher_logprob_T - statistics.student_logprob_T
 
 
 def _sample(session: Session, rollout: Rollout, name: str) -> Sample:

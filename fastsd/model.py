@@ -2,10 +2,9 @@
 
 `hidden` packs all trees into one sequence without padding; attention follows the trees
 (`attention.TreeAttention`), so a prefix is computed once however many branches it has, with
-gradient checkpointing too. The sampler's `prefill` fills a key/value cache.
+gradient checkpointing too. `decode` feeds the sampler's rows one token each.
 
-Shapes: P prefixes, L padded prefix length, T tokens of a pack, A response tokens of all trees in
-order, D hidden.
+Shapes: T tokens of a pack, A response tokens of all trees in order, B rows being decoded, D hidden.
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fastsd import attention
 from fastsd.config import LoraConfig, ModelConfig
+from fastsd.cpu_linear import takes_onednn, use_onednn
 from fastsd.packing import PrefixKeys, longest_path, pack_trees
 from fastsd.refusals import ModelError, check_length, refuse_sinks, refuse_unsupported
 from fastsd.types import Branch, TokenTree
+from fastsd_kernels import PrefixDecodeCache
 from fastsd_kernels.prefix_attention import implementation_name
 
 
@@ -54,10 +55,18 @@ class Policy:
     @property
     def attention_name(self) -> str:
         """The implementation of shared-prefix attention that runs for this model."""
-        config = self.config
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        return implementation_name("auto", self.device, self.head.weight.dtype, head_dim)
+        dtype = self.head.weight.dtype
+        return implementation_name("auto", self.device, dtype, self._head_dim)
+
+    @property
+    def linear_name(self) -> str:
+        """What multiplies in the linear layers when training."""
+        return "onednn" if takes_onednn(self.head.weight) else "torch"
+
+    @property
+    def _head_dim(self) -> int:
+        head_dim = getattr(self.config, "head_dim", None)
+        return head_dim or self.config.hidden_size // self.config.num_attention_heads
 
     def head_options(self) -> dict:
         """How this model turns head products into logits: keyword arguments of the loss head."""
@@ -73,12 +82,32 @@ class Policy:
         """Raises ModelError when a sequence would leave what the model computes exactly."""
         check_length(self.config, tokens)
 
-    def prefill(self, prefix_ids: Sequence[Sequence[int]]):
-        """Runs the prefixes, right-padded. Returns (cache, hidden_PLD, length_P)."""
-        ids_PL, length_P = _pad(prefix_ids, self.pad_id, self.device)
-        cache = DynamicCache(config=self.config)
-        out = self.decoder(input_ids=ids_PL, past_key_values=cache, use_cache=True)
-        return out.past_key_values, out.last_hidden_state, length_P
+    def decode_cache(self, slots: int, max_new_tokens: int) -> PrefixDecodeCache:
+        """Keys and values for `slots` responses at once, to be decoded with `decode`."""
+        config = self.config
+        return PrefixDecodeCache(
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            self._head_dim,
+            slots,
+            max_new_tokens,
+            self.head.weight.dtype,
+            self.device,
+        )
+
+    def decode(
+        self, ids_1B: Tensor, position_1B: Tensor, cache: PrefixDecodeCache, span: int
+    ) -> Tensor:
+        """hidden_BD after one more token of every row; `cache.begin` has named the rows.
+
+        span: positions of the longest row, the new one included.
+        """
+        return self.decoder(
+            input_ids=ids_1B,
+            position_ids=position_1B,
+            decode_step=attention.DecodeStep(cache, span),
+            use_cache=False,
+        ).last_hidden_state[0]
 
     def hidden(
         self,
@@ -91,9 +120,14 @@ class Policy:
         reads: prefixes that went through the same weights; they are not computed again. fills:
         empty, is given the keys and values of these trees' prefixes.
 
-        Raises ModelError for a tree too long for the model, or layers that attend elsewhere.
+        Raises ModelError for a tree too long for the model, or layers that attend elsewhere;
+        FastsdError for reads of another model or not filled, and for fills that are not empty.
         """
         self.check_length(longest_path(trees))
+        if reads is not None:
+            reads.check_filled(self.config.num_hidden_layers)
+        if fills is not None:
+            fills.check_empty()
         pack = pack_trees(trees, reads)
         if fills is not None:
             fills.prefixes += [tree.prefix_ids for tree in trees]
@@ -182,6 +216,7 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
         new_name = hasattr(model, "activation_checkpointing_enable")
         enable = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, enable)({"use_reentrant": False})
+    use_onednn(model)
     policy = Policy(model.eval(), tokenizer, checkpoints=config.gradient_checkpointing)
     policy.try_out()
     return policy
@@ -198,15 +233,6 @@ def model_path(name: str) -> str:
 
 def trainable_parameters(model) -> Iterable[tuple[str, torch.nn.Parameter]]:
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
-def _pad(sequences, pad_id: int, device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [rows, longest] and lengths."""
-    lengths = [len(sequence) for sequence in sequences]
-    padded = [list(s) + [pad_id] * (max(lengths) - len(s)) for s in sequences]
-    return torch.tensor(padded, device=device).reshape(len(padded), -1).long(), torch.tensor(
-        lengths, device=device
-    )
 
 
 def _switch_dropout_off(model) -> None:

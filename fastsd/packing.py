@@ -23,22 +23,24 @@ import torch
 from torch import Tensor
 
 from fastsd.layout import common_prefix
-from fastsd.types import FastsdError, TokenTree
+from fastsd.types import Branch, FastsdError, TokenTree
 from fastsd_kernels import PrefixTree
 
 
 @dataclass
 class PrefixKeys:
-    """Keys and values of some trees' prefixes, one after the other, without gradient.
+    """Keys and values of some trees' prefixes, one after the other.
 
     Filled by one forward and good for others with the same weights. Trees are matched by their
     tokens, which with the weights determine a prefix's keys.
 
-    prefixes: token ids. layers: by layer index key_PKH, value_PKH.
+    prefixes: token ids. layers: by layer index key_PKH, value_PKH. graph: what fills them leaves
+    its autograd graph on them; otherwise they are detached.
     """
 
     prefixes: list[tuple[int, ...]] = field(default_factory=list)
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    graph: bool = False
 
     def shared(self, tree: TokenTree) -> tuple[int, int]:
         """(first row, how many) of the tree's leading tokens; never its prefix's last, whose hidden
@@ -50,42 +52,74 @@ class PrefixKeys:
             start += len(prefix)
         return best
 
+    def check_filled(self, layers: int) -> None:
+        """Raises FastsdError unless a forward of a model of so many layers filled them."""
+        rows = sum(map(len, self.prefixes))
+        if len(self.layers) != layers or any(len(key) != rows for key, _ in self.layers.values()):
+            found = f"{len(self.layers)} layers of {[len(k) for k, _ in self.layers.values()]} rows"
+            raise FastsdError(
+                f"reads: expected keys of {layers} layers of {rows} rows, the tokens of their "
+                f"{len(self.prefixes)} prefixes, found {found}; fill them with a forward of the "
+                "same model first"
+            )
+
+    def check_empty(self) -> None:
+        """Raises FastsdError where a forward filled them already."""
+        if self.prefixes or self.layers:
+            raise FastsdError(
+                f"fills: holds keys of {len(self.prefixes)} prefixes and {len(self.layers)} layers "
+                "already; give empty ones"
+            )
+
+    def check_heads(self, layer: int, key_TKH: Tensor) -> None:
+        """Raises FastsdError where the layer's keys are of other heads than those here."""
+        here, there = tuple(self.layers[layer][0].shape[1:]), tuple(key_TKH.shape[1:])
+        if here != there:
+            raise FastsdError(
+                f"reads: expected keys of [heads, head dim] = {list(there)} in layer {layer}, "
+                f"found {list(here)}; fill them with a forward of the same model"
+            )
+
 
 @dataclass(frozen=True)
 class Pack:
     """Trees as one sequence; all tensors on the CPU.
 
     ids_T: token ids. segments: who sees whom, and the positions. row_A: for every response token
-    the row of the pack that predicts it. root_P: the rows of the trees' prefixes. outside_P: the
-    rows of PrefixKeys that the segments from outside are.
+    the row of the pack that predicts it. outside_P: the rows of PrefixKeys that the segments from
+    outside are. prefix_P: the rows of the trees' prefixes, counted through those from outside and
+    then the pack's.
     """
 
     ids_T: Tensor
     segments: PrefixTree
     row_A: Tensor
-    root_P: Tensor
     outside_P: Tensor
+    prefix_P: Tensor
 
 
 def pack_trees(trees: Sequence[TokenTree], known: PrefixKeys | None = None) -> Pack:
-    """Raises FastsdError for a response whose first token nothing precedes."""
+    """Raises FastsdError for a response that nothing precedes, or that has no token."""
     shared = [known.shared(tree) for tree in trees] if known is not None else []
     ids: list[int] = []
     rows: list[int] = []
-    roots: list[int] = []
+    prefixes: list[int] = []
     lengths = [count for _, count in shared]
     parents: list[int | None] = [None] * len(shared)
+    outside = [row for start, count in shared for row in range(start, start + count)]
+    read = 0
     for index, tree in enumerate(trees):
-        prefix = tree.prefix_ids[lengths[index] if shared else 0 :]
-        root = len(lengths)
-        roots += range(len(ids), len(ids) + len(prefix))
+        count = lengths[index] if shared else 0
+        prefix = tree.prefix_ids[count:]
+        root, start = len(lengths), len(outside) + len(ids)
+        prefixes += [*range(read, read + count), *range(start, start + len(prefix))]
+        read += count
         ids += prefix
         lengths.append(len(prefix))
         parents.append(index if shared else None)
         last_of_prefix = len(ids) - 1
         for branch in tree.branches:
-            if not tree.prefix_ids and not branch.context_ids:
-                raise FastsdError("a response without a prompt has nothing to predict it")
+            _check_branch(tree, branch)
             fed = (*branch.context_ids, *branch.response_ids[:-1])
             first = len(ids) + len(branch.context_ids)
             rows.append(first - 1 if branch.context_ids else last_of_prefix)
@@ -93,10 +127,16 @@ def pack_trees(trees: Sequence[TokenTree], known: PrefixKeys | None = None) -> P
             ids += fed
             lengths.append(len(fed))
             parents.append(root)
-    outside = [row for start, count in shared for row in range(start, start + count)]
-    as_rows = (torch.tensor(x, dtype=torch.int64) for x in (ids, rows, roots, outside))
-    ids_T, row_A, root_P, outside_P = as_rows
-    return Pack(ids_T, PrefixTree(lengths, parents, len(shared)), row_A, root_P, outside_P)
+    as_rows = (torch.tensor(x, dtype=torch.int64) for x in (ids, rows, outside, prefixes))
+    ids_T, row_A, outside_P, prefix_P = as_rows
+    return Pack(ids_T, PrefixTree(lengths, parents, len(shared)), row_A, outside_P, prefix_P)
+
+
+def _check_branch(tree: TokenTree, branch: Branch) -> None:
+    if not branch.response_ids:
+        raise FastsdError("a response without tokens: nothing is predicted; leave the branch out")
+    if not tree.prefix_ids and not branch.context_ids:
+        raise FastsdError("a response without a prompt has nothing to predict it")
 
 
 class TokenCount(NamedTuple):
@@ -119,6 +159,7 @@ def count_tokens(trees: Sequence[TokenTree], known: PrefixKeys | None = None) ->
 def longest_path(trees: Sequence[TokenTree]) -> int:
     """Tokens of the longest full row: prefix, context and response."""
     return max(
-        len(tree.prefix_ids) + max(len(b.context_ids) + len(b.response_ids) for b in tree.branches)
+        len(tree.prefix_ids)
+        + max((len(b.context_ids) + len(b.response_ids) for b in tree.branches), default=0)
         for tree in trees
     )

@@ -118,11 +118,14 @@ def run_facts(session: Session, argv: Sequence[str]) -> dict[str, Any]:
 
 def implementations(session: Session) -> dict[str, str]:
     """Which implementation of each operation this run uses."""
+    from fastsd.packed_layers import packed_layers_name
+
     policy = session.policy
     return {
         "loss_head": session.loss_head,
+        "linear": policy.linear_name,
         "attention": f"{policy.attention_name}, packed token trees",
-        "sampler": "in-process, shared prefix",
+        "sampler": f"{packed_layers_name(policy)}, in-process, shared prefixes",
         "device": str(policy.device),
         "dtype": str(policy.head_VD.dtype).removeprefix("torch."),
         "threads": str(_threads()),

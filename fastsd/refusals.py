@@ -34,8 +34,20 @@ def refuse_unsupported(config) -> None:
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise ModelError(f"{name}: attention softcapping is not supported; use a model without it")
+    _refuse_latent_attention(config)
     if getattr(config, "use_bidirectional_attention", None):
         raise ModelError(f"{name}: bidirectional attention is not supported; use a causal LM")
+
+
+def _refuse_latent_attention(config) -> None:
+    """Its keys and values have other head dims than the configuration's one."""
+    nope, value = (getattr(config, f"{part}_head_dim", None) for part in ("qk_nope", "v"))
+    if nope and value:
+        raise ModelError(
+            f"{config.model_type}: multi-head latent attention (qk_nope_head_dim = {nope}, "
+            f"v_head_dim = {value}) is not supported; use a model with multi-head or grouped-query "
+            "attention"
+        )
 
 
 def refuse_sinks(model) -> None:
@@ -61,6 +73,11 @@ def length_limits(config) -> Iterator[tuple[str, int, str]]:
     if rope.get("rope_type") == "longrope" and short is not None:
         why = "longrope's frequencies depend on the longest row of a batch beyond it"
         yield "original_max_position_embeddings", short, why
+
+
+def longest_sequence(config) -> int | None:
+    """Tokens of the longest sequence that `check_length` lets pass; None: any."""
+    return min((limit for _, limit, _ in length_limits(config)), default=None)
 
 
 def check_length(config, tokens: int) -> None:

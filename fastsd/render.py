@@ -5,20 +5,27 @@ content; what stands between the markers is the template's own text, the only te
 tokens count. Everything else (questions, feedback, system text) is data: it is encoded together
 with the plain text around it, as the tokenizer would, but any piece that would come out as an
 added token (`<|im_end|>`, `<think>`) is split inside, so that it stays ordinary text.
+
+Student's and teacher's prompt begin with the same tokens through the question, which are computed
+once for both: a prompt whose rendering breaks that is refused.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastsd.config import PromptConfig
+from fastsd.layout import common_prefix
 from fastsd.types import FastsdError, Prompt
 
 _MARKER = "\ue000fastsd{}\ue001"
 _MARKER_PATTERN = re.compile("\ue000fastsd(\\d+)\ue001")
+_PROBE_QUESTION = "Which of these two numbers is the larger one?"
+_PROBE_FEEDBACK = "Look at their first digits."
 
 
 class PromptError(FastsdError):
@@ -36,11 +43,12 @@ class TeacherPrompt:
 class PromptRenderer:
     """Renders student and teacher prompts with one tokenizer.
 
+    room: tokens of the longest prompt that leaves the model room for a response; None: any.
     Raises PromptError where the tokenizer has no chat template, where the template changes or
     drops a message's text, or where a prompt is longer than the configuration allows.
     """
 
-    def __init__(self, tokenizer, config: PromptConfig):
+    def __init__(self, tokenizer, config: PromptConfig, room: int | None = None):
         if not tokenizer.chat_template:
             raise PromptError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: use an "
@@ -48,6 +56,7 @@ class PromptRenderer:
             )
         self.tokenizer = tokenizer
         self.config = config
+        self.room = math.inf if room is None else room
         self._special_ids = _special_ids(tokenizer)
         self._special_pattern = _special_pattern(tokenizer)
         self._layouts: dict[tuple, list[str]] = {}
@@ -61,22 +70,76 @@ class PromptRenderer:
                 f"{self.config.max_prompt_tokens}: raise it or drop the row (questions are "
                 "never cut)"
             )
+        if len(ids) > self.room:
+            raise PromptError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens, and {self.room} fit into the model "
+                "beside rollout.max_new_tokens: lower that or drop the row (questions are never "
+                "cut)"
+            )
         return ids
+
+    def check_question(self, prompt: Prompt) -> None:
+        """Raises what `student` would, without encoding the many prompts that are short enough."""
+        limit = min(self.config.max_prompt_tokens, self.room)
+        # A token is a byte of text or more; twice that is room for the template's own.
+        if 2 * sum(len(message["content"].encode()) for message in self._messages(prompt)) > limit:
+            self.student(prompt)
 
     def teacher(self, prompt: Prompt, template: str, feedback: str) -> TeacherPrompt | None:
         """Ids of the self-teacher's prompt: `template` with the question and the feedback.
 
-        Feedback beyond prompt.max_feedback_tokens is an error, or is cut after a whole step (line)
-        with prompt.feedback_overflow = "cut"; None where not even the first step fits.
+        Feedback beyond prompt.max_feedback_tokens, or that leaves the response no room in the
+        model, is an error, or is cut after a whole step (line) with prompt.feedback_overflow =
+        "cut"; None where not even the first step fits.
         """
-        fitted = self._fit_feedback(prompt, feedback)
-        if feedback and not fitted:
-            return None
-        messages = self._messages(prompt)
-        content = fill_template(template, question=messages[-1]["content"], feedback=fitted)
-        messages[-1] = {**messages[-1], "content": content}
-        ids = self._encode_chat(messages, self.config.teacher_template_kwargs)
-        return TeacherPrompt(ids, cut=fitted != feedback)
+        limit = self.config.max_feedback_tokens
+        while True:
+            fitted = self._fit_feedback(prompt, feedback, limit)
+            if feedback and not fitted:
+                return None
+            ids = self._teacher_ids(prompt, template, fitted)
+            if len(ids) <= self.room:
+                return TeacherPrompt(ids, cut=fitted != feedback)
+            if not fitted:
+                return None
+            limit = len(self._encode_plain(fitted)) - (len(ids) - int(self.room))
+
+    def question_tokens(self, prompt: Prompt, student_ids: tuple[int, ...]) -> int:
+        """How many leading tokens the self-teacher's prompt must share with the student's.
+
+        They end before the question's last word: a word may be tokenised with what follows it.
+        """
+        segments = self._segments(self._messages(prompt), self.config.student_template_kwargs)
+        words = segments[-2][0].rsplit(None, 1)
+        before = [*segments[:-2], (words[0] if len(words) > 1 else "", False)]
+        return len(common_prefix([student_ids, self._encode_segments(before)]))
+
+    def check_shared(
+        self, prompt: Prompt, tokens: int, student_ids: tuple[int, ...], teacher_ids: tuple
+    ) -> None:
+        """Raises PromptError where the prompts differ within their first `tokens` tokens."""
+        shared = len(common_prefix([student_ids, teacher_ids]))
+        if shared < tokens:
+            raise PromptError(
+                f"prompt {prompt.id!r}: the self-teacher's prompt shares only its first {shared} "
+                f"tokens with the student's, not the {tokens} through the question: the chat "
+                f"template of {self.tokenizer.name_or_path!r} puts something else before it. Give "
+                "prompt.teacher_template_kwargs the values of prompt.student_template_kwargs that "
+                "change the beginning, or use a chat template in which the question comes first"
+            )
+
+    def check_template(self, template: str, like: Prompt) -> None:
+        """Raises PromptError where a teacher's prompt cannot share the student's question.
+
+        like: its messages but for the question, which is one of ours.
+        """
+        question = {**like.messages[-1], "content": _PROBE_QUESTION}
+        probe = replace(like, messages=(*like.messages[:-1], question))
+        kwargs = self.config.student_template_kwargs
+        student_ids = self._encode_chat(self._messages(probe), kwargs)
+        teacher_ids = self._teacher_ids(probe, template, _PROBE_FEEDBACK)
+        tokens = self.question_tokens(probe, student_ids)
+        self.check_shared(probe, tokens, student_ids, teacher_ids)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; contains no added token whatever the text says."""
@@ -88,14 +151,24 @@ class PromptRenderer:
             messages.insert(0, {"role": "system", "content": self.config.system})
         return messages
 
-    def _fit_feedback(self, prompt: Prompt, feedback: str) -> str:
-        limit = self.config.max_feedback_tokens
+    def _teacher_ids(self, prompt: Prompt, template: str, feedback: str) -> tuple[int, ...]:
+        messages = self._messages(prompt)
+        content = fill_template(template, question=messages[-1]["content"], feedback=feedback)
+        messages[-1] = {**messages[-1], "content": content}
+        return self._encode_chat(messages, self.config.teacher_template_kwargs)
+
+    def _fit_feedback(self, prompt: Prompt, feedback: str, limit: int) -> str:
+        """The feedback, or as many whole lines from its start as `limit` tokens hold."""
         if len(self._encode_plain(feedback)) <= limit:
             return feedback
         if self.config.feedback_overflow == "error":
+            most = self.config.max_feedback_tokens
+            why = f"prompt.max_feedback_tokens = {most}: raise it"
+            if limit < most:
+                why = f"the {limit} tokens that the model has room for: shorten it"
             raise PromptError(
-                f"feedback for prompt {prompt.id!r} is longer than prompt.max_feedback_tokens = "
-                f'{limit}: raise it or set prompt.feedback_overflow = "cut"'
+                f"feedback for prompt {prompt.id!r} is longer than {why} or set "
+                'prompt.feedback_overflow = "cut"'
             )
         lines = feedback.splitlines(keepends=True)
         low, high = 0, len(lines) - 1
@@ -106,9 +179,12 @@ class PromptRenderer:
         return "".join(lines[:low]).rstrip("\n")
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]], kwargs: dict) -> tuple[int, ...]:
+        return self._encode_segments(self._segments(messages, kwargs))
+
+    def _encode_segments(self, segments: Sequence[tuple[str, bool]]) -> tuple[int, ...]:
         ids: list[int] = []
         plain = ""
-        for text, trusted in self._segments(messages, kwargs):
+        for text, trusted in segments:
             if not trusted:
                 plain += text
                 continue

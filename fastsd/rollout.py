@@ -1,10 +1,10 @@
 """Prompts to responses: the in-process sampler.
 
-Each question is prefilled once; its G branches decode against that one copy of keys and values.
-Random numbers are counters, not streams: u = hash(key, prompt, sample, position), so a rollout
-does not depend on what else is in the batch, on the batch size, or on a resume.
+`decoding.Decoding` keeps the batch full; here a token is drawn and becomes text. Random numbers are
+counters, not streams: u = hash(key, prompt, sample, position), so a rollout does not depend on what
+else is in the batch, on the batch size, or on a resume.
 
-Shapes: P prompts, B rows (branches), D hidden.
+Shapes: B rows under way, D hidden, Q questions, S samples per question.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastsd.attention import BranchCache
 from fastsd.config import RolloutConfig
+from fastsd.decoding import Decoding, Rows
+from fastsd.packed_layers import packed_layers
 from fastsd.render import PromptRenderer
 from fastsd.types import FastsdError, Prompt, Rollout
-from fastsd_kernels import sample_tokens
-
-# Rows are dropped from the batch once this share of them has finished.
-_COMPACT_AT = 0.25
+from fastsd_kernels import sample_from_logits
 
 
 class Sampler:
@@ -48,19 +46,46 @@ class Sampler:
 
         key: integers that name this draw (seed, step, ...); the same key gives the same rollouts
         whatever the batching. temperature: config.temperature unless given.
+
+        Raises ModelError for a prompt too long for the model, before anything is sampled.
         """
-        temperature = self.config.temperature if temperature is None else temperature
-        head_VD = self.policy.head_VD.detach().float()
-        counters = row_counters(key, prompts, samples)
-        rollouts: list[Rollout] = []
-        per_batch = max(1, self.config.batch_rows // samples)
-        for start in range(0, len(prompts), per_batch):
-            group = prompts[start : start + per_batch]
-            counter_B = counters[start * samples : (start + per_batch) * samples]
-            decoded = _Decoding(self, group, samples, counter_B, temperature, head_VD).run()
-            for row, (ids, logprobs) in enumerate(decoded):
-                rollouts.append(self._rollout(group[row // samples], row % samples, ids, logprobs))
-        return rollouts
+        if not prompts:
+            return []
+        policy, config = self.policy, self.config
+        prompt_ids = [self.renderer.student(prompt) for prompt in prompts]
+        policy.check_length(max(map(len, prompt_ids)) + config.max_new_tokens)
+        counter_QS = row_counters(key, prompts, samples).reshape(len(prompts), samples)
+        temperature = config.temperature if temperature is None else temperature
+        with packed_layers(policy) as logits:
+
+            def draw(hidden_BD: Tensor, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+                uniform_B = uniform(counter_QS[rows.question_B, rows.sample_B], rows.count_B)
+                token_B, logprob_B = sample_from_logits(
+                    logits(hidden_BD),
+                    torch.from_numpy(uniform_B).to(policy.device),
+                    temperature=temperature,
+                    top_k=config.top_k,
+                    top_p=config.top_p,
+                    **policy.head_options(),
+                )
+                return token_B.cpu().numpy(), logprob_B.cpu().numpy()
+
+            decoding = Decoding(
+                policy,
+                prompt_ids,
+                samples,
+                config.batch_rows,
+                config.max_new_tokens,
+                self.stop_ids,
+                draw,
+                fixed=policy.device.type == "cuda",
+            )
+            responses = decoding.run()
+        return [
+            self._rollout(prompt, sample, *responses.of(question, sample))
+            for question, prompt in enumerate(prompts)
+            for sample in range(samples)
+        ]
 
     def _rollout(self, prompt: Prompt, sample: int, ids: list, logprobs: list) -> Rollout:
         stopped = ids[-1] in self.stop_ids
@@ -70,77 +95,6 @@ class Sampler:
             clean_up_tokenization_spaces=False,
         )
         return Rollout(prompt, sample, tuple(ids), tuple(logprobs), text, truncated=not stopped)
-
-
-@dataclass
-class _Decoding:
-    """One batch of branches from prefill to the last stop token."""
-
-    sampler: Sampler
-    prompts: Sequence[Prompt]
-    samples: int
-    counter_B: np.ndarray
-    temperature: float
-    head_VD: torch.Tensor
-
-    def run(self) -> list[tuple[list[int], list[float]]]:
-        policy, config = self.sampler.policy, self.sampler.config
-        prompt_ids = [self.sampler.renderer.student(prompt) for prompt in self.prompts]
-        policy.check_length(max(map(len, prompt_ids)) + config.max_new_tokens)
-        cache, hidden_PD = self._prefill(prompt_ids)
-        hidden_BD = hidden_PD.repeat_interleave(self.samples, 0)
-        start_B = np.repeat([len(ids) for ids in prompt_ids], self.samples)
-        counter_B = self.counter_B
-        outputs: list[tuple[list[int], list[float]]] = [([], []) for _ in counter_B]
-        # row_B[i] is the output row that the batch's i-th row writes; alive_B: still unfinished.
-        row_B, alive_B = np.arange(len(counter_B)), np.ones(len(counter_B), bool)
-        stop_ids = np.array(sorted(self.sampler.stop_ids))
-        for position in range(config.max_new_tokens):
-            token_B, logprob_B = self._draw(hidden_BD, uniform(counter_B[row_B], position))
-            for index in np.flatnonzero(alive_B):
-                ids, logprobs = outputs[row_B[index]]
-                ids.append(int(token_B[index]))
-                logprobs.append(float(logprob_B[index]))
-            alive_B = alive_B & ~np.isin(token_B, stop_ids)
-            if not alive_B.any() or position + 1 == config.max_new_tokens:
-                break
-            if alive_B.mean() <= 1 - _COMPACT_AT:
-                kept = np.flatnonzero(alive_B)
-                cache.keep(torch.from_numpy(kept).to(policy.device))
-                row_B, token_B, alive_B = row_B[kept], token_B[kept], alive_B[kept]
-            hidden_BD = self._decode(cache, token_B, start_B[row_B] + position)
-        return outputs
-
-    def _prefill(self, prompt_ids):
-        policy = self.sampler.policy
-        cache, hidden_PLD, length_P = policy.prefill(prompt_ids)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        branches = BranchCache(layers, length_P, self.samples, self.sampler.config.max_new_tokens)
-        return branches, hidden_PLD[torch.arange(len(prompt_ids)), length_P - 1]
-
-    def _draw(self, hidden_BD, uniform_B) -> tuple[np.ndarray, np.ndarray]:
-        policy, config = self.sampler.policy, self.sampler.config
-        token_B, logprob_B = sample_tokens(
-            hidden_BD,
-            self.head_VD,
-            torch.from_numpy(uniform_B).to(policy.device),
-            temperature=self.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            **policy.head_options(),
-        )
-        return token_B.cpu().numpy(), logprob_B.cpu().numpy()
-
-    def _decode(self, cache: BranchCache, token_B: np.ndarray, position_B: np.ndarray):
-        policy = self.sampler.policy
-        out = policy.decoder(
-            input_ids=torch.from_numpy(token_B)[:, None].to(policy.device),
-            position_ids=torch.from_numpy(position_B)[:, None].to(policy.device),
-            branch_cache=cache,
-            use_cache=False,
-        )
-        cache.length += 1
-        return out.last_hidden_state[:, 0]
 
 
 def stop_token_ids(policy, extra: Sequence[str]) -> frozenset[int]:
@@ -177,10 +131,10 @@ def row_counters(key: tuple[int, ...], prompts: Sequence[Prompt], samples: int) 
     return _mix(prompt_P[:, None] ^ np.arange(samples, dtype=np.uint64)).reshape(-1)
 
 
-def uniform(counter_B: np.ndarray, position: int) -> np.ndarray:
-    """Uniform float64 numbers in [0, 1) with 53 random bits, one per counter."""
+def uniform(counter_B: np.ndarray, position_B: np.ndarray) -> np.ndarray:
+    """Uniform float64 numbers in [0, 1) with 53 random bits, one per counter and position."""
     # Arrays wrap around silently, as a counter should; numpy's scalars warn.
-    offset = np.array([position + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    offset = (position_B + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     bits = _mix(counter_B + offset)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

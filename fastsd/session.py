@@ -20,15 +20,15 @@ from fastsd.advantage import group_advantages
 from fastsd.answers import extract_answer
 from fastsd.config import Config
 from fastsd.data import load_data
+from fastsd.deferred import Passes
 from fastsd.evaluate import evaluate
 from fastsd.feedback import feedback_maker, required_fields
 from fastsd.interrupt import SignalGate
-from fastsd.layout import Sample, student_trees, teacher_trees
+from fastsd.layout import MicroBatch, Sample
 from fastsd.model import load_policy
 from fastsd.optimizer import Optimizer
-from fastsd.packing import PrefixKeys, count_tokens
 from fastsd.phases import PhaseClock
-from fastsd.render import PromptRenderer
+from fastsd.preflight import check_prompts, renderer_for
 from fastsd.rollout import Sampler
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.tasks import load_task
@@ -66,8 +66,8 @@ class Session:
         )
         self.reward = load_reward(config.reward, self.task)
         self.policy = load_policy(config.model, device, dtype)
-        self.renderer = PromptRenderer(self.policy.tokenizer, config.prompt)
         self.loss_head = _loss_head(config.loss.impl, self.policy.head_VD)
+        self.renderer = renderer_for(self.policy, config)
         self.sampler = Sampler(self.policy, self.renderer, config.rollout)
         self.maker = feedback_maker(config, self.task)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
@@ -77,6 +77,7 @@ class Session:
         self.step = 0
         self.cursor = 0
         self.buffer: list[Sample] = []
+        check_prompts(self, config)
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -115,6 +116,11 @@ class Session:
         ]
         prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
         rendered = {name: self.renderer.student(prompt) for name, prompt in prompts.items()}
+        shared = {
+            name: self.renderer.question_tokens(prompt, rendered[name])
+            for name, prompt in prompts.items()
+            if self.maker.template
+        }
         samples = []
         for rollout, given, advantage in zip(rollouts, feedback, advantages, strict=True):
             student = rendered[rollout.prompt.id]
@@ -122,34 +128,15 @@ class Session:
             if given.text is not None and self.maker.template:
                 prompt = self.renderer.teacher(rollout.prompt, self.maker.template, given.text)
                 teacher_ids, cut = (prompt.ids, prompt.cut) if prompt else (None, True)
+            if teacher_ids is not None:
+                tokens = shared[rollout.prompt.id]
+                self.renderer.check_shared(rollout.prompt, tokens, student, teacher_ids)
             samples.append(Sample(rollout, student, teacher_ids, advantage, given.text, cut))
         return samples
 
-    def student_hidden(
-        self, batch: Sequence[Sample], teaches: bool
-    ) -> tuple[torch.Tensor, PrefixKeys | None]:
-        """The student's rows for a micro-batch, and what a teacher that follows reads of them."""
-        trees = student_trees(batch)
-        keys = self.teacher.student_keys() if self.teacher is not None and teaches else None
-        with self.clock.phase("student", *count_tokens(trees)):
-            return self.policy.hidden(trees, fills=keys), keys
-
-    def teacher_hidden(
-        self, batch: Sequence[Sample], like_TD: torch.Tensor, questions: PrefixKeys | None
-    ) -> torch.Tensor | None:
-        """The teacher's rows for a micro-batch: zeros for a sample without one, None if all are."""
-        taught = [sample for sample in batch if sample.teacher_ids is not None]
-        if self.teacher is None or not taught:
-            return None
-        trees = teacher_trees(taught)
-        with self.clock.phase("teacher", *count_tokens(trees, questions)):
-            hidden_TD = self.teacher.hidden(trees, questions)
-        if len(taught) == len(batch):
-            return hidden_TD
-        has_teacher = torch.tensor([sample.teacher_ids is not None for sample in batch])
-        lengths = torch.tensor([len(sample.rollout.response_ids) for sample in batch])
-        rows_T = has_teacher.repeat_interleave(lengths).to(like_TD.device)
-        return torch.zeros_like(like_TD).masked_scatter(rows_T[:, None], hidden_TD)
+    def passes(self, batch: MicroBatch, teaches: bool) -> Passes:
+        """The student's and, where it teaches, the teacher's forward passes over a micro-batch."""
+        return Passes(self.policy, self.teacher if teaches else None, batch, self.clock)
 
     def advance(self) -> None:
         """The samples of `next_samples` have been trained on."""

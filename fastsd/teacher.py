@@ -38,15 +38,20 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def hidden(self, trees: Sequence[TokenTree], questions: PrefixKeys | None = None) -> Tensor:
-        """hidden_AD as Policy.hidden, without gradient. questions: of `student_keys`, filled."""
+    def hidden(
+        self,
+        trees: Sequence[TokenTree],
+        reads: PrefixKeys | None = None,
+        fills: PrefixKeys | None = None,
+    ) -> Tensor:
+        """hidden_AD as Policy.hidden, without gradient."""
         with self._adapters_off():
-            return self.policy.hidden(trees, reads=questions)
+            return self.policy.hidden(trees, reads, fills)
 
-    def student_keys(self) -> PrefixKeys | None:
-        """For the student's forward to fill: with the same weights, its questions' keys and values
-        are the teacher's too. None where the weights differ."""
-        return PrefixKeys() if self.config.kind == "live" else None
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the student's keys and values are the teacher's too."""
+        return self.config.kind == "live"
 
     @property
     def head_VD(self) -> Tensor | None:

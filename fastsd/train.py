@@ -55,15 +55,19 @@ def update(
     session.optimizer.zero_grad()
     counted = [sample for sample in samples if weights.counts(sample)]
     for batch in micro_batches(counted, session.config.optim.micro_batch_tokens):
-        teaches = weights.divergence != 0
-        student_TD, questions = session.student_hidden(batch, teaches)
-        teacher_TD = session.teacher_hidden(batch, student_TD, questions) if teaches else None
-        with session.clock.phase("head", len(student_TD)):
-            out = loss_head(student_TD, teacher_TD, batch, weights, session)
-        with session.clock.phase("student"):
-            out.loss.backward()
+        passes = session.passes(batch, teaches=weights.divergence != 0)
+        for part in batch.parts:
+            student_TD = passes.student(part)
+            teacher_TD = passes.teacher(part, student_TD)
+            with session.clock.phase("head", len(student_TD)):
+                out = loss_head(student_TD, teacher_TD, part, weights, session)
+            with session.clock.phase("student"):
+                session.optimizer.accumulate()
+                out.loss.backward()
+            statistics.add(part, out)
+        if batch.deferred:
             session.optimizer.accumulate()
-        statistics.add(batch, out)
+            passes.finish()
     with session.gate.closed():
         with session.clock.phase("optimizer", statistics.tokens):
             stepped = session.optimizer.step()

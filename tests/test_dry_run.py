@@ -36,7 +36,7 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
     assert code == 0, output
     # The head is bf16 or fp32 as the processor has it; either runs natively where there is g++.
     assert re.search(r"loss_head: (native \(the fastest on cpu|chunked \(native is not)", output)
-    assert "attention: torch, packed token trees" in output
+    assert "attention: native, packed token trees" in output
     assert "response 2048 tokens" in output and "optimizer moments" in output
     if condition == "reference":
         shared, _, rest = output.partition("student goes on:")

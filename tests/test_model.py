@@ -53,6 +53,8 @@ def test_one_forward_of_every_token_once(folder):
     assert seen == [(1, count_tokens(TREES).computed, 32)] == [(1, 8 + 1 + 23, 32)]
     with pytest.raises(FastsdError, match="without a prompt"):
         policy.hidden([TokenTree((), (Branch((), (1, 2)),))])
+    with pytest.raises(FastsdError, match="response without tokens"):
+        policy.hidden([TokenTree((5, 6), (Branch((), (1, 2)), Branch((7,), ())))])
 
 
 def test_gradient_checkpointing_and_lora_give_the_same(folder):

@@ -259,3 +259,32 @@ def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32():
         (model.weight * gradient).sum().backward()
         optimizer.accumulate()
     assert optimizer.step()["grad_norm"] == 306.0
+
+
+@pytest.mark.parametrize("cast_bytes", [1, 5000, 2**26])
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e6])
+def test_a_single_micro_batch_needs_no_fp32_sum(monkeypatch, cast_bytes, max_grad_norm):
+    """Cast a few at a time as the weights move, the same bits as cast all at once before."""
+    monkeypatch.setattr("fastsd.optimizer._CAST_BYTES", cast_bytes)
+    results = []
+    for summed in (False, True):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(24, 24).bfloat16() for _ in range(4)] + [torch.nn.Linear(24, 3)]
+        model = torch.nn.ModuleList(layers)
+        optimizer = Optimizer(model, OptimConfig(max_grad_norm=max_grad_norm, weight_decay=0.1))
+        for _ in range(3):
+            x = torch.randn(5, 24).bfloat16()
+            for layer in layers[:-1]:
+                x = layer(x).tanh()
+            optimizer.accumulate()
+            layers[-1](x.float()).square().sum().backward()
+            if summed:
+                optimizer.accumulate()
+            metrics = optimizer.step()
+            assert all(p.grad is None for p in model.parameters())
+            assert all(m.grad is None for m in optimizer.masters.values())
+        results.append((metrics, optimizer.state_tensors(), dict(model.named_parameters())))
+    (metrics, state, weights), (other_metrics, other_state, other_weights) = results
+    assert metrics == other_metrics and state.keys() == other_state.keys()
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)

@@ -11,9 +11,11 @@ from transformers import (
     T5Config,
 )
 
-from fastsd.config import ModelConfig
+from fastsd.config import ModelConfig, TeacherConfig
 from fastsd.model import ModelError, load_policy
+from fastsd.packing import PrefixKeys
 from fastsd.refusals import check_length, refuse_unsupported
+from fastsd.teacher import Teacher
 from fastsd.types import Branch, TokenTree
 
 
@@ -56,7 +58,7 @@ def test_a_window_shorter_than_the_span(tmp_path):
     with pytest.raises(ModelError, match="sliding_window = 8"):
         policy.check_length(9)  # what the sampler asks before it starts
     with pytest.raises(ModelError, match="9 positions exceed the layer's window of 8"):
-        policy.prefill([(5,) * 9])
+        policy.decoder(input_ids=torch.tensor([[5] * 9]))
 
 
 def test_windows_count_only_where_a_layer_has_one():
@@ -72,6 +74,32 @@ def test_positions(tmp_path):
     assert len(policy.hidden([tree(16)])) == 15
     with pytest.raises(ModelError, match="17 tokens .* max_position_embeddings = 16"):
         policy.hidden([tree(3), tree(17)])
+
+
+def test_positions_of_a_teachers_tree(tmp_path):
+    """Question, feedback and response together, whatever was read and not computed again."""
+    policy = load(build_tiny("llama", tmp_path, max_position_embeddings=16))
+    teacher = Teacher(policy, TeacherConfig(kind="live"))
+    keys = PrefixKeys()
+    policy.hidden([TokenTree((5,) * 8, (Branch((), (6, 7)),))], fills=keys)
+    for context, fits in ((4, True), (5, False)):
+        trees = [TokenTree((5,) * 8, (Branch((9,) * context, (6,) * 4), Branch((), (6,))))]
+        if fits:
+            assert teacher.hidden(trees, keys).shape == (5, 32)
+            continue
+        with pytest.raises(ModelError, match="17 tokens .* max_position_embeddings = 16"):
+            teacher.hidden(trees, keys)
+
+
+def test_multi_head_latent_attention(tmp_path):
+    sizes = {
+        **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16},
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "first_k_dense_replace": 2},
+    }
+    for value in (16, 24):  # 24: as large as the keys, but not the configuration's head_dim
+        folder = build_tiny("deepseek_v3", tmp_path / str(value), v_head_dim=value, **sizes)
+        with pytest.raises(ModelError, match=f"deepseek_v3: multi-head latent .*dim = {value}"):
+            load(folder)
 
 
 def test_longrope_beyond_its_short_frequencies():

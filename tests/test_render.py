@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_tiny_llama, build_tiny_qwen3
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastsd.config import PromptConfig
 from fastsd.render import PromptError, PromptRenderer, fill_template
@@ -60,6 +63,49 @@ def test_template_keyword_arguments_differ_between_student_and_teacher(tmp_path)
     student = tokenizer.decode(renderer.student(prompt("x")))
     teacher = tokenizer.decode(renderer.teacher(prompt("x"), TEMPLATE, "y").ids)
     assert student.endswith("<think>\n\n</think>\n\n") and "<think>" not in teacher
+
+
+# What stands around the question and right behind its last word must not look like a difference.
+TEMPLATES = [
+    TEMPLATE,
+    "{question}s and {feedback}",
+    "{question}H{feedback}",
+    "{question}\n{feedback}",
+]
+words = st.lists(st.sampled_from(["12", "apples", "?", "\n", " ", "  ", "Solve:", "<think>"]))
+texts = st.one_of(words.map("".join), st.text(max_size=20))
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts, texts, st.sampled_from(TEMPLATES))
+def test_student_and_teacher_share_the_question(tokenizer, question, feedback, template):
+    renderer, asked = PromptRenderer(tokenizer, PromptConfig()), prompt(question)
+    student = renderer.student(asked)
+    tokens = renderer.question_tokens(asked, student)
+    teacher = renderer.teacher(asked, template, feedback)
+    renderer.check_shared(asked, tokens, student, teacher.ids)
+    before = tokenizer.decode(student[:tokens], clean_up_tokenization_spaces=False)
+    first_words = question.rstrip().rpartition(" ")[0].split()[:-1]
+    if "\ufffd" not in before:
+        assert all(word in before for word in first_words)
+
+
+def test_words_that_are_tokenised_with_what_follows():
+    pieces = [":", "so", "x", "s", " ", "y", "so:\n", "<|im_start|>", "<|im_end|>", "?"]
+    plain = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="?"))
+    plain.pre_tokenizer = Split(Regex(r"so:\n|so|[\s\S]"), behavior="isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}",
+    )
+    renderer, asked = PromptRenderer(tokenizer, PromptConfig()), prompt("x so:\ny")
+    student = renderer.student(asked)
+    tokens = renderer.question_tokens(asked, student)
+    # "so:" alone would be two tokens, and before a new line the three are one.
+    assert [pieces[i] for i in student[:tokens]] == ["<|im_start|>", "x", " "]
+    teacher = renderer.teacher(asked, "{question}s {feedback}", "x")
+    renderer.check_shared(asked, tokens, student, teacher.ids)
 
 
 HOSTILE = [

@@ -1,29 +1,41 @@
 """The sampler against Hugging Face generate, against the training forward, and against itself."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import build_tiny_llama, build_tiny_qwen3
+from tiny_models import ARCHITECTURES, build_tiny
 
+import fastsd.model
+import fastsd.rollout
 from fastsd.config import ModelConfig, PromptConfig, RolloutConfig
+from fastsd.decode_steps import AllSlots
+from fastsd.decoding import Decoding
 from fastsd.model import load_policy
+from fastsd.packed_layers import packed_layers, packed_layers_name
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
 from fastsd.types import Branch, FastsdError, Prompt, TokenTree
-from fastsd_kernels import sample_tokens
+from fastsd_kernels import (
+    PackedLinear,
+    PrefixDecodeCache,
+    native_library,
+    sample_from_logits,
+    sample_tokens,
+)
 
 QUESTIONS = ["What is 3 + 4?", "Tom has 12 apples and finds 7.", "x", "Now solve the problem. " * 3]
+# Windows as long as a model's positions: none of these rows is cut.
+LONG = {"sliding_window": 2048}
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": q},)) for i, q in enumerate(QUESTIONS)]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def policy(request, tmp_path_factory):
-    build = {"llama": build_tiny_llama, "qwen3": build_tiny_qwen3}[request.param]
-    folder = build(tmp_path_factory.mktemp(request.param))
-    policy = load_policy(ModelConfig(name=str(folder)), "cpu", torch.float32)
-    with torch.no_grad():  # random tiny models are near uniform: sharpen, so that stops do occur
-        policy.head_VD.mul_(8.0)
-    return policy
+    folder = build_tiny(request.param, tmp_path_factory.mktemp(request.param), **LONG)
+    return load_policy(ModelConfig(name=str(folder)), "cpu", torch.float32)
 
 
 def sampler(policy, **options):
@@ -34,20 +46,85 @@ def sampler(policy, **options):
     )
 
 
-def test_same_rollouts_whatever_the_batching(policy):
+def name(rollout):
+    return rollout.prompt.id, rollout.sample
+
+
+def same(policy, found, wanted):
+    """To the bit; where torch's grouped products run the experts, up to their rounding."""
+    if policy.config.model_type == "qwen3_moe":
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-5)
+        found, wanted = ([replace(r, logprobs=()) for r in x] for x in (found, wanted))
+    assert found == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 5, 7, 10, 64])
+def test_same_rollouts_whatever_the_batching(policy, rows):
+    """Rows one question at a time, admitted to rows that others left, or all at once."""
     together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
-    small = sampler(policy, batch_rows=5).sample(PROMPTS, 5, key=(1, 2))
-    alone = [r for p in PROMPTS for r in sampler(policy).sample([p], 5, key=(1, 2))]
-    fewer = [r for r in sampler(policy).sample(PROMPTS, 2, key=(1, 2))]
-    ids = [r.response_ids for r in together]
-    assert [r.response_ids for r in small] == ids == [r.response_ids for r in alone]
-    assert [r.response_ids for r in fewer] == [r.response_ids for r in together if r.sample < 2]
+    same(policy, sampler(policy, batch_rows=rows).sample(PROMPTS, 5, key=(1, 2)), together)
+    assert len({len(r.response_ids) for r in together}) > 1, "lengths must differ"
+
+
+def test_a_draw_is_its_own(policy):
+    together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
     assert [(r.prompt.id, r.sample) for r in together] == [
         (p.id, s) for p in PROMPTS for s in range(5)
     ]
-    assert len({len(i) for i in ids}) > 1, "lengths must differ, or compaction is not tested"
+    alone = [r for p in PROMPTS for r in sampler(policy).sample([p], 5, key=(1, 2))]
+    same(policy, alone, together)
+    fewer = sampler(policy).sample(PROMPTS[::-1], 2, key=(1, 2))
+    same(policy, sorted(fewer, key=name), [r for r in together if r.sample < 2])
     other = sampler(policy).sample(PROMPTS, 5, key=(1, 3))
-    assert [r.response_ids for r in other] != ids
+    assert [r.response_ids for r in other] != [r.response_ids for r in together]
+    assert sampler(policy).sample([], 5, key=(1, 2)) == []
+
+
+@pytest.mark.parametrize("impl", ["native", "torch"])
+@pytest.mark.parametrize("rows", [5, 12, 64])
+def test_steps_of_all_slots_draw_the_same(policy, monkeypatch, impl, rows):
+    """As on a GPU, where a step is one graph: slots that nobody needs are fed all the same."""
+    together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
+    monkeypatch.setattr(
+        fastsd.rollout, "Decoding", lambda *args, fixed: Decoding(*args, fixed=True)
+    )
+    monkeypatch.setattr(fastsd.model, "PrefixDecodeCache", partial(PrefixDecodeCache, impl=impl))
+    found = sampler(policy, batch_rows=rows).sample(PROMPTS, 5, key=(1, 2))
+    for mine, theirs in zip(found, together, strict=True):
+        assert mine.response_ids == theirs.response_ids
+        assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-5)
+
+
+def test_without_the_library(policy, monkeypatch):
+    together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
+    assert packed_layers_name(policy) == "native"
+    monkeypatch.setattr(native_library, "missing", lambda instead="": "not built")
+    assert packed_layers_name(policy) == "torch"
+    found = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
+    for mine, theirs in zip(found, together, strict=True):
+        assert mine.response_ids == theirs.response_ids
+        assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-5)
+
+
+def test_layers_are_as_before_after_a_failure(policy):
+    before = {name: module.forward for name, module in policy.decoder.named_modules()}
+    with pytest.raises(ZeroDivisionError), packed_layers(policy):
+        packed = [m for m in policy.decoder.modules() if isinstance(m.forward, PackedLinear)]
+        assert packed
+        raise ZeroDivisionError
+    assert {name: module.forward for name, module in policy.decoder.named_modules()} == before
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_what_eager_steps_draw(policy, monkeypatch, tmp_path):
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    on_gpu = load_policy(ModelConfig(name=str(tmp_path)), "cuda", torch.bfloat16)
+    found = sampler(on_gpu, batch_rows=12).sample(PROMPTS, 5, key=(1, 2))
+    monkeypatch.setattr(AllSlots, "_replayed", AllSlots._run)
+    eager = sampler(on_gpu, batch_rows=12).sample(PROMPTS, 5, key=(1, 2))
+    assert [r.response_ids for r in found] == [r.response_ids for r in eager]
 
 
 def test_logprobs_equal_the_training_forward(policy):
@@ -93,7 +170,7 @@ def test_extra_stop_tokens(policy):
 
 def test_uniform_numbers_are_uniform_and_independent_of_order():
     counters = row_counters((3, 1), PROMPTS, 1000)
-    draws = np.stack([uniform(counters, position) for position in range(8)])
+    draws = np.stack([uniform(counters, np.array([position])) for position in range(8)])
     assert draws.min() >= 0 and draws.max() < 1
     # 32,000 draws: mean 1/2 and lag correlations 0 within five standard errors.
     assert abs(draws.mean() - 0.5) < 5 * (1 / 12) ** 0.5 / draws.size**0.5
@@ -104,20 +181,73 @@ def test_uniform_numbers_are_uniform_and_independent_of_order():
     assert (again.reshape(-1) == counters).all()
 
 
-def test_sample_tokens_follows_the_distribution():
+DRAWS = pytest.mark.parametrize("impl", ["native", "torch"])
+
+
+@DRAWS
+def test_draws_follow_the_distribution(impl):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 4, generator=generator)
     head, bias = torch.randn(7, 4, generator=generator), torch.randn(7, generator=generator)
     count = 40_000
     uniforms = torch.from_numpy((np.arange(count) + 0.5) / count)
     options = {"bias_V": bias, "temperature": 0.8, "logit_scale": 1.5, "softcap": 3.0}
-    token, logprob = sample_tokens(hidden.expand(count, -1), head, uniforms, **options)
+    products = (hidden @ head.T).expand(count, -1).clone()
+    token, logprob = sample_from_logits(products, uniforms, impl=impl, **options)
     logits = 3.0 * torch.tanh((hidden @ head.T + bias) * 1.5 / 3.0) / 0.8
     want = logits.log_softmax(-1)[0]
     # Evenly spaced uniforms: each token's count is its probability times `count`, give or take one.
     counts = torch.bincount(token, minlength=7)
     assert (counts - want.exp() * count).abs().max() <= 1.01
     torch.testing.assert_close(logprob, want[token], rtol=1e-5, atol=1e-6)
+    again = sample_tokens(hidden.expand(count, -1), head, uniforms, **options)
+    assert (again[0] == token).float().mean() > 0.999  # but for the rounding of the boundaries
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 33, 1023, 1024, 1025, 5000])
+def test_native_draws_are_those_of_the_exact_distribution(columns):
+    generator = torch.Generator().manual_seed(columns)
+    logits = 4 * torch.randn(200, columns, generator=generator)
+    logits[::7, : columns // 2] = -torch.inf
+    uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
+    token, logprob = sample_from_logits(logits.clone(), uniforms, impl="native")
+    want = logits.double().log_softmax(-1)
+    upper = want.exp().cumsum(-1).gather(1, token[:, None])[:, 0]
+    own = want.gather(1, token[:, None])[:, 0]
+    # The drawn token's interval of cumulative mass holds the uniform number, to fp32's rounding.
+    assert (uniforms <= upper + 1e-5).all() and (uniforms >= upper - own.exp() - 1e-5).all()
+    torch.testing.assert_close(logprob.double(), own, rtol=1e-6, atol=1e-6)
+    alone = [sample_from_logits(logits[i : i + 1].clone(), uniforms[i : i + 1]) for i in range(9)]
+    assert torch.equal(torch.cat([x[0] for x in alone]), token[:9])
+    assert torch.equal(torch.cat([x[1] for x in alone]), logprob[:9])
+
+
+def test_native_shows_what_is_not_a_number():
+    logits = torch.zeros(4, 20)
+    logits[0, 3], logits[1, 19], logits[2] = torch.nan, torch.inf, -torch.inf
+    token, logprob = sample_from_logits(logits, torch.full((4,), 0.5), impl="native")
+    assert logprob.isnan().tolist() == [True, True, True, False]
+    assert token.tolist() == [0, 0, 0, 10]
+
+
+@DRAWS
+def test_zero_mass_is_never_drawn(impl):
+    logits = torch.tensor([[-1e9, 0.0, -1e9]]).repeat(3, 1)
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    token, _ = sample_from_logits(logits, uniforms, impl=impl)
+    assert token.tolist() == [1, 1, 1]
+
+
+def test_a_named_draw_never_falls_back(monkeypatch):
+    logits, uniforms = torch.zeros(1, 4), torch.zeros(1)
+    with pytest.raises(RuntimeError, match="without top_k and top_p; use impl='torch'"):
+        sample_from_logits(logits, uniforms, top_k=2, impl="native")
+    monkeypatch.setattr(native_library, "missing", lambda instead: f"not built, {instead}")
+    with pytest.raises(RuntimeError, match="cannot run: not built, use impl='torch'"):
+        sample_from_logits(logits, uniforms, impl="native")
+    with pytest.raises(ValueError, match="expected 'auto', 'native' or 'torch', got 'triton'"):
+        sample_from_logits(logits, uniforms, impl="triton")
 
 
 def test_top_k_and_top_p_keep_what_they_say():
@@ -132,13 +262,6 @@ def test_top_k_and_top_p_keep_what_they_say():
         token, logprob = sample_tokens(hidden, head, uniforms, top_k=top_k, top_p=top_p)
         assert set(token.tolist()) == want, (top_k, top_p)
         torch.testing.assert_close(logprob, probs.log()[token])
-
-
-def test_zero_mass_is_never_drawn():
-    head = torch.tensor([[-1e9], [0.0], [-1e9]])
-    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    token, _ = sample_tokens(torch.ones(3, 1), head, uniforms)
-    assert token.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

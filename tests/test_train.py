@@ -7,6 +7,7 @@ import pytest
 import torch
 from runs import LORA, SMALL, run_small, small_config
 
+from fastsd.layout import MicroBatch, micro_batches
 from fastsd.loss import TokenWeights
 from fastsd.phases import PHASES
 from fastsd.session import Session
@@ -102,6 +103,38 @@ def test_step_equals_the_definition(condition, teacher, loss, micro_batch_tokens
         assert (got[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-8, name
 
 
+@pytest.mark.parametrize("condition", ["grpo", "reference", "critique"])
+def test_micro_batches_change_nothing_but_rounding(condition, tmp_path):
+    """Groups at once, several and in parts: gradients, metrics, each sample's divergence."""
+    found = {}
+    for budget in (100_000, 250, 60, 1):
+        session = session_of(
+            tmp_path,
+            condition,
+            teacher={"kind": "live"},
+            optim={"micro_batch_tokens": budget},
+            rollout={"prompts_per_step": 6, "samples_per_prompt": 4, "temperature": 1.3},
+        )
+        samples = session.next_samples()
+        batches = micro_batches(samples, budget)
+        assert (len(batches) > 1) == (budget <= 250)
+        assert any(batch.deferred for batch in batches) == (budget <= 60)
+        gradients, statistics = kept_gradients(session, samples)
+        metrics = statistics.metrics()
+        for role in ("student", "teacher"):
+            full = metrics.pop(f"tokens/{role}", 0) + metrics.pop(f"tokens_saved/{role}", 0)
+            metrics[f"full rows/{role}"] = full
+        other = ("time", "memory", "tokens_per_s", "sharing")
+        metrics = {name: x for name, x in metrics.items() if name.split("/")[0] not in other}
+        found[budget] = gradients, metrics, [statistics.divergence(s) for s in samples]
+    want = found.pop(100_000)
+    for gradients, metrics, divergences in found.values():
+        assert metrics == pytest.approx(want[1], rel=1e-4, abs=1e-7)
+        assert divergences == [x if x is None else pytest.approx(x, rel=1e-4) for x in want[2]]
+        for name, gradient in want[0].items():
+            assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_the_teacher_never_gets_gradient_and_dropout_is_off(tmp_path):
     session = session_of(tmp_path, "critique", teacher={"kind": "live"})
     for module in session.policy.model.modules():
@@ -116,9 +149,10 @@ def test_the_teacher_never_gets_gradient_and_dropout_is_off(tmp_path):
     for name, gradient in frozen_gradients.items():
         error = (live_gradients[name] - gradient).abs().max()
         assert error <= 2e-5 * gradient.abs().max(), name
-    student_TD, questions = session.student_hidden(samples, teaches=True)
-    teacher_TD = session.teacher_hidden(samples, student_TD, questions)
-    assert questions.layers and student_TD.requires_grad and not teacher_TD.requires_grad
+    passes = session.passes(MicroBatch((tuple(samples),)), teaches=True)
+    student_TD = passes.student(samples)
+    teacher_TD = passes.teacher(samples, student_TD)
+    assert student_TD.requires_grad and not teacher_TD.requires_grad
     assert all(not p.requires_grad for p in frozen.teacher.policy.model.parameters())
 
 

@@ -1,0 +1,49 @@
+"""What a run's prompts would trip over late, found before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from fastsd.config import Config
+from fastsd.feedback import feedback_maker
+from fastsd.model import Policy
+from fastsd.refusals import longest_sequence
+from fastsd.render import PromptRenderer
+from fastsd.types import Prompt
+
+if TYPE_CHECKING:
+    from fastsd.session import Session
+
+
+def renderer_for(policy: Policy, config: Config) -> PromptRenderer:
+    """A renderer whose prompts leave the model room for the longest response.
+
+    Raises ModelError where not even a response fits.
+    """
+    longest, response = longest_sequence(policy.config), config.rollout.max_new_tokens
+    policy.check_length(1 + response)
+    return PromptRenderer(
+        policy.tokenizer, config.prompt, room=None if longest is None else longest - response
+    )
+
+
+def check_prompts(session: Session, config: Config) -> None:
+    """Raises FastsdError for the prompts that a run under `config` cannot use.
+
+    The self-teacher's prompt must begin as the student's does, and every question of the run must
+    fit. Feedback needs no check: it is cut to the room that is left.
+    """
+    renderer = renderer_for(session.policy, config)
+    count = config.optim.steps * config.rollout.prompts_per_step
+    training = session.train_data.take(0, count, config.seed)
+    template = feedback_maker(config, session.task).template
+    if template is not None:
+        renderer.check_template(template, like=training[0])
+    for prompt in _distinct([*training, *session.eval_prompts(config.eval.questions)]):
+        renderer.check_question(prompt)
+
+
+def _distinct(prompts: Iterable[Prompt]) -> Iterable[Prompt]:
+    """Each object once: rows of a file come again in every epoch."""
+    return {id(prompt): prompt for prompt in prompts}.values()
