@@ -210,11 +210,11 @@ class Optimizer:
         scale = min(1.0, self.config.max_grad_norm / norm)
         for names in self._portions():
             for name in names:
-                master, parameter = self.masters[name], self.parameters[name]
-                if master.grad is None and parameter.grad is not None:
-                    master.grad, parameter.grad = parameter.grad.float(), None
-                if scale < 1.0:
-                    master.grad.mul_(scale)
+                gradient = self._gradient(name)
+                assert gradient is not None
+                self.parameters[name].grad = None
+                wide = gradient.float()  # fp32 as it is
+                self.masters[name].grad = wide.mul_(scale) if scale < 1.0 else wide
             self._adamw.step()  # moves the masters that have a gradient now
             for name in names:
                 master, parameter = self.masters[name], self.parameters[name]
