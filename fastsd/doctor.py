@@ -1,8 +1,9 @@
 """`python -m fastsd.doctor [--json]`: what this machine will use, and why.
 
 Every line is asked of the code that a run would ask: the device and compute type of
-`fastsd.hardware`, and the loss head itself with each implementation on a tiny problem. The matrix
-rate is measured, because a processor that has bfloat16 instructions is not always faster with them.
+`fastsd.hardware`, what linear layers and attention run through, and the loss head itself with each
+implementation on a tiny problem. The matrix rate is that of torch.mm, measured, because a processor
+that has bfloat16 instructions is not always faster with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 import fastsd_kernels
 from fastsd import hardware
 from fastsd.cli import run_main
+from fastsd.cpu_linear import takes_onednn
+from fastsd_kernels.prefix_attention import implementation_name
 
 LOSS_HEAD_CHOICES = ("reference", "chunked", "native", "triton")
 # Extra of pyproject.toml -> the modules it brings.
@@ -51,10 +54,20 @@ def examine(gemm_seconds: float = 0.4) -> dict:
             name: gemm_tflops(dtype, device, gemm_seconds)
             for name, dtype in hardware.DTYPES.items()
         },
+        "linear": {name: linear_name(dtype, device) for name, dtype in hardware.DTYPES.items()},
+        "attention": {
+            name: implementation_name("auto", torch.device(device), dtype, head_dim=64)
+            for name, dtype in hardware.DTYPES.items()
+        },
         "loss_head": loss_heads(device),
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR_ADVICE},
         "extras": {name: missing_modules(modules) for name, modules in EXTRAS.items()},
     }
+
+
+def linear_name(dtype: torch.dtype, device: str) -> str:
+    """What a model's linear layers run through when training."""
+    return "onednn" if takes_onednn(torch.empty(1, dtype=dtype, device=device)) else "torch"
 
 
 def gemm_tflops(dtype: torch.dtype, device: str, seconds: float, size: int = 1024) -> float:
@@ -120,6 +133,7 @@ def render(report: dict) -> str:
         ("model.dtype", f"auto -> {report['dtype']}: {report['dtype_reason']}"),
         ("matrix rate", ", ".join(f"{name} {rate} TFLOP/s" for name, rate in rates.items())),
         ("", f"bfloat16 is {ratio:.1f}x float32 here (measured, 1024 x 1024 x 1024)"),
+        *((label, _by_dtype(report[label])) for label in ("linear", "attention")),
         ("loss head", f"auto -> {report['loss_head']['auto']}"),
         *(("", f"{name}: {why}") for name, why in _choices(report["loss_head"])),
         *_allocator_lines(report["allocator"]),
@@ -135,6 +149,10 @@ def _cuda_lines(devices: list[dict]) -> list[tuple[str, str]]:
         ("CUDA", f"cuda:{i} {d['name']}, {d['memory_bytes'] / 2**30:.0f} GiB, sm {d['capability']}")
         for i, d in enumerate(devices)
     ]
+
+
+def _by_dtype(names: dict[str, str]) -> str:
+    return ", ".join(f"{dtype}: {name}" for dtype, name in names.items())
 
 
 def _choices(loss_head: dict) -> list[tuple[str, str]]:

@@ -79,6 +79,9 @@ def test_doctor_reports_what_a_run_would_choose(monkeypatch, capsys):
     assert f"torch.{report['dtype']}" == str(resolve_dtype("auto", device))
     assert report["gemm_tflops"].keys() == {"float32", "bfloat16"}
     assert all(rate > 0 for rate in report["gemm_tflops"].values())
+    for name, choices in (("linear", {"onednn", "torch"}), ("attention", {"native", "torch"})):
+        assert report[name].keys() == {"float32", "bfloat16"}
+        assert set(report[name].values()) <= choices | {"flash_attn", "reference"}
     assert report["loss_head"]["reference"] is None
     assert report["loss_head"][report["loss_head"]["auto"]] is None
     text = doctor.render(report)

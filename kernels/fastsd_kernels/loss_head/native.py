@@ -102,14 +102,14 @@ class Plan(NamedTuple):
 def _plan(inputs: Inputs, needs: Needs, wanted: tuple[bool, ...]) -> Plan:
     rows, (vocabulary, width) = inputs.student_TD.shape[0], inputs.head_VD.shape
     if needs.keep == lib.NOTHING:
-        return Plan(min(max(rows, 1), _STATISTICS_CHUNK), 0, 0, _bytes(0))
+        return Plan(min(max(rows, 1), _STATISTICS_CHUNK), 0, 0, lib.aligned(0))
     rows, narrow = max(rows, 1), inputs.head_VD.dtype != torch.float32
     room = lib.borrowed_rows(needs.keep, width * inputs.head_VD.itemsize) if wanted[1] else 0
 
     def plan(chunk: int, kept: int, room: int) -> Plan:
         borrowed = min(kept, room)
         count = lib.scratch_bytes(needs.keep, kept, borrowed, vocabulary)
-        return Plan(chunk, kept, borrowed, _bytes(count))
+        return Plan(chunk, kept, borrowed, lib.aligned(count))
 
     each = lib.scratch_bytes(needs.keep, 1, 0, vocabulary)
     each_borrowed = lib.scratch_bytes(needs.keep, 1, 1, vocabulary)
@@ -142,12 +142,6 @@ def _work_bytes(inputs: Inputs) -> int:
     widths = width + (0 if inputs.teacher_TD is None else inputs.teacher_TD.shape[1])
     by_thread = 4 * width + 3 * 256 * item + 1024
     return item * (widths + width) + torch.get_num_threads() * by_thread + vocabulary // 32
-
-
-def _bytes(count: int) -> Tensor:
-    """Uninitialised memory, 64-byte aligned."""
-    room = lib.empty(torch.empty(0, dtype=torch.uint8), count + 64)
-    return room[-room.data_ptr() % 64 :]
 
 
 class _Gradients:
