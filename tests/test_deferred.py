@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import build_tiny
+from tiny_models import build_tiny, load_tiny
 from unpacked import everything_in_fp64
 
-from fastsd.config import LoraConfig, ModelConfig, TeacherConfig
+from fastsd.config import LoraConfig, TeacherConfig
 from fastsd.deferred import DeferredPrefix, Passes
 from fastsd.layout import MicroBatch, Sample
-from fastsd.model import load_policy
 from fastsd.phases import PhaseClock
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, FastsdError, Prompt, Rollout, TokenTree
@@ -59,17 +58,6 @@ def folders(tmp_path_factory):
         return found[name]
 
     return folder
-
-
-def load(folder, dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    policy = load_policy(ModelConfig(name=folder, **options), "cpu", torch.float32)
-    policy.model.to(dtype)
-    with torch.no_grad():  # B starts at zero, which would hide a wrong A
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    return policy
 
 
 def teacher_of(policy, kind):
@@ -151,7 +139,7 @@ MODELS = {
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3", "gemma3_text", "qwen3_moe"])
 def test_parts_equal_the_whole(name, options, dtype, folders, monkeypatch):
-    policy = load(folders(name), dtype, **options)
+    policy = load_tiny(folders(name), dtype, **options)
     if dtype == torch.float64:
         everything_in_fp64(policy, monkeypatch)
     samples = group("critique")
@@ -166,7 +154,7 @@ def test_parts_equal_the_whole(name, options, dtype, folders, monkeypatch):
 @pytest.mark.parametrize("condition", FEEDBACK)
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema", "adapter_off"])
 def test_every_teacher_and_condition(kind, condition, dtype, folders, monkeypatch):
-    policy = load(folders("llama"), dtype, lora=LORA if kind == "adapter_off" else None)
+    policy = load_tiny(folders("llama"), dtype, lora=LORA if kind == "adapter_off" else None)
     if dtype == torch.float64:
         everything_in_fp64(policy, monkeypatch)
     teacher, samples = teacher_of(policy, kind), group(condition)
@@ -177,7 +165,7 @@ def test_every_teacher_and_condition(kind, condition, dtype, folders, monkeypatc
 
 
 def test_a_question_of_one_token_has_nothing_to_defer(folders, monkeypatch):
-    policy = load(folders("llama"))
+    policy = load_tiny(folders("llama"))
     everything_in_fp64(policy, monkeypatch)
     samples = group("grpo", question=(5,))
     _, gradients, _ = run(policy, whole(samples))
@@ -189,7 +177,7 @@ def test_a_question_of_one_token_has_nothing_to_defer(folders, monkeypatch):
 @pytest.mark.parametrize("kind", ["live", "frozen"])
 def test_the_prefix_runs_once_and_once_more(kind, folders):
     """Forward passes by their tokens, in order, and the same in the metrics."""
-    policy = load(folders("llama"))
+    policy = load_tiny(folders("llama"))
     teacher, tokens = teacher_of(policy, kind), []
     for decoder in {policy.decoder, teacher.policy.decoder}:
         decoder.layers[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
@@ -208,7 +196,7 @@ def test_the_prefix_runs_once_and_once_more(kind, folders):
 
 def test_the_gradients_of_many_parts_add_up_in_fp32(folders):
     """In bf16 an addend of 1/320 of the sum would be lost; the leaves keep it."""
-    policy = load(folders("llama"), torch.bfloat16)
+    policy = load_tiny(folders("llama"), torch.bfloat16)
     prefix = DeferredPrefix(policy, TokenTree(QUESTION[:-1], ()))
     branch = TokenTree(QUESTION, (Branch((), (20, 21)),))
     [key, _] = prefix.keys.layers[0]
@@ -222,7 +210,7 @@ def test_the_gradients_of_many_parts_add_up_in_fp32(folders):
 
 
 def test_bad_rows_are_refused(folders):
-    policy = load(folders("llama"))
+    policy = load_tiny(folders("llama"))
     samples = group("critique")
     passes = Passes(
         policy,

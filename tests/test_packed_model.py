@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, build_tiny
+from tiny_models import ARCHITECTURES, build_tiny, load_tiny
 from unpacked import everything_in_fp64, unpacked_hidden
 
-from fastsd.config import LoraConfig, ModelConfig
-from fastsd.model import load_policy
+from fastsd.config import LoraConfig
 from fastsd.packing import PrefixKeys, count_tokens
 from fastsd.types import Branch, FastsdError, TokenTree
 from fastsd_kernels import fused_linear_loss
@@ -42,15 +41,7 @@ def folder(request, tmp_path_factory):
 
 
 def load(folder, dtype, lora, checkpointing):
-    options = {"lora": lora, "gradient_checkpointing": checkpointing}
-    torch.manual_seed(0)
-    policy = load_policy(ModelConfig(name=folder, **options), "cpu", torch.float32)
-    policy.model.to(dtype)
-    with torch.no_grad():  # B starts at zero, which would hide a wrong A
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    return policy
+    return load_tiny(folder, dtype, lora=lora, gradient_checkpointing=checkpointing)
 
 
 def run(policy, hidden):

@@ -25,6 +25,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastsd.config import ModelConfig
+from fastsd.model import Policy, load_policy
+
 QWEN3_TEMPLATE = Path(__file__).parent / "data" / "qwen3_tiny" / "chat_template.jinja"
 
 CHATML_TEMPLATE = (
@@ -110,6 +113,18 @@ def build_tiny(architecture: str, folder: str | Path, *, seed: int = 0, **settin
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return _save(Path(folder), model, tokenizer)
+
+
+def load_tiny(folder: str | Path, dtype: torch.dtype = torch.float64, **options) -> Policy:
+    """The model as a policy in any dtype; options are those of ModelConfig."""
+    torch.manual_seed(0)
+    policy = load_policy(ModelConfig(name=str(folder), **options), "cpu", torch.float32)
+    policy.model.to(dtype)
+    with torch.no_grad():  # B starts at zero, which would hide a wrong A
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    return policy
 
 
 def _tokenizer(
