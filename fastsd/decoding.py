@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastsd.decode_steps import AllSlots, Feed, RowsUnderWay
@@ -22,6 +23,8 @@ from fastsd.types import Branch, TokenTree
 
 # A prefill costs a pass over all weights: questions are admitted once this share of rows is free.
 _ADMIT_AT = 0.25
+# Prompt tokens through the network at once, whatever is admitted together.
+_PREFILL_TOKENS = 16384
 
 
 class Rows(NamedTuple):
@@ -130,6 +133,17 @@ class Decoding:
 
     def _prefill(self, questions: Sequence[int]) -> Tensor:
         """hidden_PD of the prompts' last tokens; the cache gets their keys and values."""
+        portions: list[list[int]] = []
+        room = 0
+        for question in questions:
+            if not portions or self.prompt_Q[question] > room:
+                portions.append([])
+                room = _PREFILL_TOKENS
+            portions[-1].append(question)
+            room -= int(self.prompt_Q[question])
+        return torch.cat([self._prefill_together(portion) for portion in portions])
+
+    def _prefill_together(self, questions: Sequence[int]) -> Tensor:
         keys = PrefixKeys()
         nothing = Branch((), (self.policy.pad_id,))  # predicted by the prompt's last token, not fed
         trees = [TokenTree(self.prompt_ids[question], (nothing,)) for question in questions]

@@ -67,6 +67,20 @@ def test_same_rollouts_whatever_the_batching(policy, rows):
     assert len({len(r.response_ids) for r in together}) > 1, "lengths must differ"
 
 
+def test_prefills_hold_few_enough_tokens(policy, monkeypatch):
+    together = sampler(policy).sample(PROMPTS, 2, key=(1, 2))
+    lengths, hidden = [], policy.hidden
+    monkeypatch.setattr("fastsd.decoding._PREFILL_TOKENS", 50)
+
+    def watched(trees, **options):
+        lengths.append([len(tree.prefix_ids) for tree in trees])
+        return hidden(trees, **options)
+
+    monkeypatch.setattr(policy, "hidden", watched)
+    same(policy, sampler(policy).sample(PROMPTS, 2, key=(1, 2)), together)
+    assert len(lengths) > 1 and all(sum(x) <= 50 or len(x) == 1 for x in lengths)
+
+
 def test_a_draw_is_its_own(policy):
     together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
     assert [(r.prompt.id, r.sample) for r in together] == [
