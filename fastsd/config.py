@@ -1,206 +1,37 @@
 """One frozen tree of settings. Impossible combinations fail here, when the configuration is read.
 
-Defaults are for real Hugging Face models; the embedded experiment's settings are
-`fastsd/tasks/chain_sum.toml`. `fastsd.cli` merges TOML files and flags into this tree.
+The embedded experiment's settings are `fastsd/tasks/chain_sum.toml`. `fastsd.cli` merges TOML
+files and flags into this tree; its sections are in `fastsd.sections`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fastsd.schema import deep_merge, validate
-
-ConditionName = Literal["grpo", "reference", "critique", "all"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class LoraConfig(Section):
-    r: int = Field(default=64, ge=1)
-    """Rank of the adapters."""
-    alpha: float = Field(default=128, gt=0)
-    """Scale of the adapters: updates are multiplied by alpha / r."""
-    target_modules: list[str] = [
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    ]
-    """Names of the linear layers that get an adapter."""
-
-
-class ModelConfig(Section):
-    name: str = ""
-    """A folder, a Hugging Face model name, or "chain_sum" for the shipped base."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type. auto: bfloat16 where the processor has it. Master weights stay float32."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters (peft) instead of all weights."""
-    freeze: list[str] = []
-    """Train everything except parameters whose name contains one of these strings."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass: less memory, about a third more time."""
-
-
-class TeacherConfig(Section):
-    kind: Literal["live", "ema", "frozen", "adapter_off"] = "frozen"
-    """live: the student's own weights. ema: their moving average. frozen: the initial weights.
-    adapter_off: the initial weights by switching LoRA off (no second copy)."""
-    ema_rate: float = Field(default=0.05, gt=0, le=1)
-    """teacher <- (1 - ema_rate) * teacher + ema_rate * student after each update."""
-
-
-class DataConfig(Section):
-    task: str | None = None
-    """A procedural task by name: "chain_sum" or "word_problems"."""
-    task_options: dict[str, Any] = {}
-    """Options of that task, e.g. reference_phrasing = "own" (chain_sum)."""
-    train: str | None = None
-    """A .jsonl or .parquet file of training rows."""
-    eval: str | None = None
-    """A .jsonl or .parquet file of held-out rows."""
-    columns: dict[str, str] = {}
-    """Our field (prompt, messages, question, problem, answer, solution) -> your column."""
-    shuffle: bool = True
-    """Shuffle training rows anew in each epoch, by seed."""
-
-
-TEACHER_TEMPLATE = (
-    "{question}\n\nHere is a worked solution to this problem:\n\n"
-    "{feedback}\n\nNow solve the problem."
+from fastsd.sections import (
+    CheckpointConfig,
+    CriticConfig,
+    DataConfig,
+    EvalConfig,
+    FilterConfig,
+    GuardConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PromptConfig,
+    ReportConfig,
+    RewardConfig,
+    RolloutConfig,
+    Section,
+    TeacherConfig,
 )
 
-
-class PromptConfig(Section):
-    system: str | None = None
-    """A system message put before every prompt that has none."""
-    reference_template: str = TEACHER_TEMPLATE
-    """The teacher's user turn under `reference`. {question} must come first."""
-    critique_template: str = TEACHER_TEMPLATE
-    """The teacher's user turn under `critique`. {question} must come first."""
-    student_template_kwargs: dict[str, Any] = {}
-    """Keyword arguments of the chat template for the student, e.g. enable_thinking = false."""
-    teacher_template_kwargs: dict[str, Any] = {}
-    """The same for the self-teacher."""
-    max_prompt_tokens: int = Field(default=4096, ge=1)
-    """Longest student prompt. A longer one is an error: the question is never cut."""
-    max_feedback_tokens: int = Field(default=4096, ge=1)
-    """Longest feedback text."""
-    feedback_overflow: Literal["error", "cut"] = "cut"
-    """cut: keep whole steps (lines) from the start of feedback that is too long, also for the
-    positions that the model has left, and count it."""
-
-
-class RolloutConfig(Section):
-    prompts_per_step: int = Field(default=4, ge=1)
-    """Questions per optimizer step."""
-    steps_per_batch: int = Field(default=1, ge=1)
-    """Optimizer steps on one batch of rollouts; above 1 the later ones are slightly off-policy."""
-    samples_per_prompt: int = Field(default=8, ge=1)
-    """G: responses per question."""
-    max_new_tokens: int = Field(default=2048, ge=1)
-    """Longest response."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; the loss divides both sides' logits by it too."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling: keep the smallest set of tokens with this mass."""
-    top_k: int = Field(default=0, ge=0)
-    """Keep the k likeliest tokens; 0 keeps all."""
-    stop: list[str] = []
-    """Extra stop tokens beside the generation config's end-of-sequence ids."""
-    batch_rows: int = Field(default=256, ge=1)
-    """Responses decoded at once. Results do not depend on it."""
-
-
-class RewardConfig(Section):
-    function: str = "math"
-    """"task" (the task's own check), "exact", "math" (math-verify), or "module:function" with TRL's
-    signature."""
-    timeout_s: float = Field(default=1.0, gt=0)
-    """An answer that takes longer to check scores 0 and its worker is killed."""
-
-
-class CriticConfig(Section):
-    kind: Literal["rule"] = "rule"
-    """rule: the task's own rule-based critic. (Model and server critics are not built yet.)"""
-    variant: str = "local"
-    """"local" judges each step on the attempt's own numbers; "continued" goes on from the corrected
-    total."""
-    sees: Literal["question", "answer", "solution"] = "solution"
-    """What reference the critic is given."""
-
-
-class LossConfig(Section):
-    divergence: Divergence = "forward_kl"
-    """forward_kl = KL(T||S), reverse_kl = KL(S||T), jsd, sampled_token (reverse KL on the sampled
-    token)."""
-    beta: float = Field(default=0.5, ge=0, le=1)
-    """jsd only: beta*KL(T||m) + (1-beta)*KL(S||m), m = (1-beta)*S + beta*T."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Divergence over the student's k likeliest tokens only."""
-    tail: bool = True
-    """With top_k: add one bucket for the rest of the vocabulary."""
-    entry_clip: float | None = Field(default=None, gt=0)
-    """Clamp each vocabulary entry's contribution (OPSD). Off by default: it reverses clipped
-    gradients."""
-    divergence_weight: float | None = None
-    """Weight of the divergence; unset: the condition's own (1 with a teacher, 0 without)."""
-    policy_weight: float | None = None
-    """Weight of the GRPO term; unset: the condition's own (1 for grpo, else 0). Both: a hybrid."""
-    entropy_weight: float = 0.0
-    """Weight of an entropy bonus."""
-    clip: float | None = Field(default=0.2, gt=0)
-    """PPO clip of the probability ratio to [1-clip, 1+clip]; none: plain policy gradient."""
-    impl: Literal["auto", "reference", "chunked", "native", "triton"] = "auto"
-    """Implementation of the loss head."""
-
-
-class OptimConfig(Section):
-    steps: int = Field(default=100, ge=1)
-    """Optimizer steps."""
-    lr: float = Field(default=5e-6, gt=0)
-    """Peak learning rate (AdamW)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay; never on biases and norms."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up; cosine decays to zero at the last step."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Linear warm-up."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
-    micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Packed tokens through the network at once, the student's and the teacher's each; more are
-    accumulated. A group that does not fit goes in parts. Results change only by rounding."""
-
-
-class EvalConfig(Section):
-    every: int = Field(default=0, ge=0)
-    """Evaluate every N updates; 0: at the end only (and before the first update)."""
-    questions: int = Field(default=128, ge=1)
-    """Held-out questions."""
-    samples: int = Field(default=12, ge=1)
-    """k of Avg@k, pass@k and maj@k."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of the evaluation."""
-    seed: int = 7
-    """Seed of the evaluation's sampling: the same for every condition."""
-
-
-class CheckpointConfig(Section):
-    every: int = Field(default=10, ge=0)
-    """Save every N updates; 0: at the end only."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
+ConditionName = Literal["grpo", "reference", "critique", "sibling", "all"]
 
 
 class Config(Section):
@@ -227,7 +58,11 @@ class Config(Section):
     critic: CriticConfig = CriticConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
+    report: ReportConfig = ReportConfig()
+    log: LogConfig = LogConfig()
+    filter: FilterConfig = FilterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     per_condition: dict[str, dict[str, Any]] = {}
     """Overrides by condition, e.g. [per_condition.grpo.optim] lr = 2e-5."""

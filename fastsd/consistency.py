@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastsd.config import Config, resolve_condition
-from fastsd.feedback import CONDITIONS, FeedbackMaker
+from fastsd.feedback import CONDITIONS, FeedbackMaker, conditions_of
 from fastsd.schema import Path, Problem, explain, section_of, unknown_key
 from fastsd.tasks import TASKS
 
@@ -34,7 +34,7 @@ def find_problems(config: Config) -> list[Problem]:
         return [problem for check in checks for problem in check(config)]
     if problems := _override_problems(config):
         return problems
-    running = tuple(CONDITIONS) if config.condition == "all" else (config.condition,)
+    running = conditions_of(config)
     for name in CONDITIONS:
         if name not in running and name not in config.per_condition:
             continue
@@ -154,7 +154,7 @@ def _judge_problems(config: Config) -> list[Problem]:
 
 def _prompt_problems(config: Config) -> list[Problem]:
     problems = []
-    for name in ("reference_template", "critique_template"):
+    for name in ("reference_template", "critique_template", "sibling_template"):
         template = getattr(config.prompt, name)
         fields = _TEMPLATE_FIELD.findall(template)
         if not template.startswith("{question}"):

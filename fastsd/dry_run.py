@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastsd.cli import Invocation, dump_toml, for_condition
-from fastsd.feedback import CONDITIONS
+from fastsd.feedback import conditions_of
 from fastsd.layout import Sample, common_prefix
 from fastsd.phases import peak_memory_mib
 from fastsd.recorder import implementations
@@ -27,10 +27,9 @@ _MIB = 2**20
 def dry_run(invocation: Invocation) -> None:
     """Prints the report; raises what a run would raise."""
     config = invocation.config
-    names = list(CONDITIONS) if config.condition == "all" else [config.condition]
     print(f"# resolved configuration: {', '.join(invocation.sources)}")
     print(dump_toml(config))
-    for name in names:
+    for name in conditions_of(config):
         print(f"# condition {name}")
         _dry_run_condition(Session(for_condition(config, name), Path("dry-run")))
     print("dry run: nothing was trained or written")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.cli import Invocation, dump_toml, for_condition
-from fastsd.feedback import CONDITIONS
+from fastsd.feedback import conditions_of
 from fastsd.preflight import check_prompts
 from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
@@ -32,7 +32,7 @@ def run_experiment(invocation: Invocation) -> None:
 
     config, start = invocation.config, time.perf_counter()
     run_dir = _run_dir(config)
-    conditions = list(CONDITIONS) if config.condition == "all" else [config.condition]
+    conditions = conditions_of(config)
     children = [
         (name, seed, for_condition(config, name).model_copy(update={"seed": seed, "seeds": 1}))
         for seed in range(config.seed, config.seed + config.seeds)

@@ -7,49 +7,59 @@ training loop does not know their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastsd.config import Config
-from fastsd.types import Critic, FastsdError, Feedback, Rollout, Task
-
-# What the critic may look at, by critic.sees.
-_SEEN = {
-    "question": lambda prompt: None,
-    "answer": lambda prompt: prompt.answer,
-    "solution": lambda prompt: prompt.solution,
-}
+from fastsd.types import Critic, Feedback, Rollout
 
 
 @dataclass(frozen=True)
 class Condition:
     """One way to learn from a rollout.
 
-    context: rollout -> Feedback, or None where there is no teacher. template: the PromptConfig
-    field that holds the teacher's user turn. divergence and policy: weights of the distillation
-    term and of the GRPO term, unless the configuration sets its own. needs: the Prompt field
-    without which a row has no context.
+    context: scored rollouts, whole groups in order -> the Feedback of each, or None where there
+    is no teacher. template: the PromptConfig field that holds the teacher's user turn. divergence
+    and policy: weights of the distillation term and of the GRPO term, unless the configuration sets
+    its own. needs: the Prompt field without which a row has no context. critic: it asks the critic.
     """
 
-    context: Callable[[Rollout, Critic | None, str], Feedback] | None
+    context: Callable[[Sequence[Rollout], Critic | None], list[Feedback]] | None
     template: str | None
     divergence: float
     policy: float
     needs: str | None = None
+    critic: bool = False
 
 
-def reference_solution(rollout: Rollout, critic: Critic | None, sees: str) -> Feedback:
+def reference_solution(rollouts: Sequence[Rollout], critic: Critic | None) -> list[Feedback]:
     """The dataset's own solution: somebody else's derivation, the same for the whole group."""
-    return Feedback(rollout.prompt.solution)
+    return [Feedback(rollout.prompt.solution) for rollout in rollouts]
 
 
-def step_aligned_critique(rollout: Rollout, critic: Critic | None, sees: str) -> Feedback:
-    """The rollout's own trace, right steps verbatim, the first wrong one corrected in place."""
-    if critic is None:
-        raise FastsdError('critic.kind = "rule" needs data.task: only a task brings a rule critic')
-    prompt = rollout.prompt
-    critique = critic.critique(prompt.question, rollout.text, _SEEN[sees](prompt))
-    return Feedback(critique.text, critique.first_error)
+def step_aligned_critique(rollouts: Sequence[Rollout], critic: Critic | None) -> list[Feedback]:
+    """Each rollout's own trace, right steps verbatim, the first wrong one corrected in place."""
+    assert critic is not None
+    return [
+        Feedback(c.text, c.first_error, c.problem, c.prefix_share)
+        for c in critic.critique(rollouts)
+    ]
+
+
+def sibling_solution(rollouts: Sequence[Rollout], critic: Critic | None) -> list[Feedback]:
+    """Another response to the same question that was right, as in SDPO (arXiv 2601.20802): the next
+    one after the rollout, round the group. Without one the rollout has no teacher."""
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.prompt.id, []).append(rollout)
+    feedback = []
+    for rollout in rollouts:
+        group = groups[rollout.prompt.id]
+        at = next(i for i, other in enumerate(group) if other is rollout)
+        others = group[at + 1 :] + group[:at]
+        right = (other.text for other in others if other.reward is not None and other.reward >= 1.0)
+        feedback.append(Feedback(next(right, None)))
+    return feedback
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -57,8 +67,18 @@ CONDITIONS: dict[str, Condition] = {
     "reference": Condition(
         reference_solution, "reference_template", divergence=1.0, policy=0.0, needs="solution"
     ),
-    "critique": Condition(step_aligned_critique, "critique_template", divergence=1.0, policy=0.0),
+    "critique": Condition(
+        step_aligned_critique, "critique_template", divergence=1.0, policy=0.0, critic=True
+    ),
+    "sibling": Condition(sibling_solution, "sibling_template", divergence=1.0, policy=0.0),
 }
+# What condition = "all" compares: the paper's three.
+COMPARED = ("grpo", "reference", "critique")
+
+
+def conditions_of(config: Config) -> list[str]:
+    """The conditions that a configuration runs."""
+    return list(COMPARED) if config.condition == "all" else [config.condition]
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,10 @@ class FeedbackMaker:
     critic: Critic | None
     config: Config
 
-    def __call__(self, rollouts: list[Rollout]) -> list[Feedback]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Feedback]:
         if self.condition.context is None:
             return [Feedback(None) for _ in rollouts]
-        return [self.condition.context(r, self.critic, self.config.critic.sees) for r in rollouts]
+        return self.condition.context(rollouts, self.critic)
 
     @property
     def template(self) -> str | None:
@@ -89,6 +109,20 @@ class FeedbackMaker:
         return self.condition.policy if own is None else own
 
 
+def dropped_rollouts(
+    rollouts: Sequence[Rollout], feedback: Sequence[Feedback], on_invalid: str
+) -> list[bool]:
+    """Which rollouts count for nothing because critic.on_invalid says so: those whose feedback has
+    a problem, or their whole groups; none with "reward_only"."""
+    bad = [given.problem is not None for given in feedback]
+    if on_invalid == "reward_only":
+        return [False] * len(bad)
+    if on_invalid == "drop_rollout":
+        return bad
+    groups = {r.prompt.id for r, is_bad in zip(rollouts, bad, strict=True) if is_bad}
+    return [rollout.prompt.id in groups for rollout in rollouts]
+
+
 def required_fields(config: Config) -> dict[str, str]:
     """Prompt fields that no training row may lack, each with the reason."""
     needs = {}
@@ -99,6 +133,6 @@ def required_fields(config: Config) -> dict[str, str]:
     return needs
 
 
-def feedback_maker(config: Config, task: Task | None) -> FeedbackMaker:
+def feedback_maker(config: Config, critic: Critic | None) -> FeedbackMaker:
     """The condition that the configuration names, with its critic."""
-    return FeedbackMaker(CONDITIONS[config.condition], task, config)
+    return FeedbackMaker(CONDITIONS[config.condition], critic, config)

@@ -26,7 +26,8 @@ class Sample:
 
     student_ids: the prompt. teacher_ids: the prompt with feedback, None without a teacher.
     advantage: GRPO's group-normalised reward; 0 where there is no signal. feedback: the text the
-    teacher is shown; feedback_cut: it was shortened to fit.
+    teacher is shown; feedback_cut: it was shortened to fit. problem: the class of failure that
+    left it without; prefix_share: see Critique. dropped: it counts for nothing.
     """
 
     rollout: Rollout
@@ -35,6 +36,9 @@ class Sample:
     advantage: float
     feedback: str | None = None
     feedback_cut: bool = False
+    problem: str | None = None
+    prefix_share: float | None = None
+    dropped: bool = False
 
     @property
     def group(self) -> str:

@@ -15,12 +15,12 @@ import torch
 from fastsd.advantage import Localisation, localisation, token_spans
 from fastsd.config import TeacherConfig
 from fastsd.deferred import Passes
-from fastsd.feedback import CONDITIONS
+from fastsd.feedback import COMPARED, CONDITIONS
 from fastsd.layout import Sample, micro_batches
 from fastsd.phases import PhaseClock
 from fastsd.session import Session
 from fastsd.teacher import Teacher
-from fastsd.types import Rollout
+from fastsd.types import Feedback, Rollout
 from fastsd_kernels import fused_linear_statistics
 
 QUESTIONS = 64
@@ -41,7 +41,7 @@ def measure_localisation(session: Session) -> dict[str, Localisation]:
     tokenizer = session.policy.tokenizer
     steps = [session.task.steps(r.prompt.question, r.text) for r in rollouts]
     spans = [token_spans(tokenizer, r.response_ids, r.text) for r in rollouts]
-    contexts = [name for name, condition in CONDITIONS.items() if condition.context]
+    contexts = [name for name in COMPARED if CONDITIONS[name].context]
     return {
         name: localisation(rollouts, context_advantages(session, rollouts, name), steps, spans)
         for name in contexts
@@ -52,7 +52,7 @@ def context_advantages(
     session: Session, rollouts: Sequence[Rollout], condition: str
 ) -> list[list[float]]:
     """A_t for every response token of every rollout, the policy being its own teacher."""
-    policy, samples = session.policy, [_sample(session, r, condition) for r in rollouts]
+    policy, samples = session.policy, _samples(session, rollouts, condition)
     teacher = Teacher(policy, TeacherConfig(kind="live"))
     advantages: dict[int, list[float]] = {}
     for batch in micro_batches(samples, session.config.optim.micro_batch_tokens):
@@ -83,11 +83,15 @@ def _advantages(session: Session, part: Sequence[Sample], passes: Passes) -> tor
     return statistics.teacher_logprob_T - statistics.student_logprob_T
 
 
-def _sample(session: Session, rollout: Rollout, name: str) -> Sample:
+def _samples(session: Session, rollouts: Sequence[Rollout], name: str) -> list[Sample]:
     condition = CONDITIONS[name]
     assert condition.context and condition.template
-    feedback = condition.context(rollout, session.task, session.config.critic.sees)
+    feedback = condition.context(rollouts, session.critic if condition.critic else None)
     template = getattr(session.config.prompt, condition.template)
+    return [_sample(session, r, f, template) for r, f in zip(rollouts, feedback, strict=True)]
+
+
+def _sample(session: Session, rollout: Rollout, feedback: Feedback, template: str) -> Sample:
     # No feedback, no pressure: the teacher then sees what the student sees.
     student_ids = session.renderer.student(rollout.prompt)
     teacher_ids = student_ids

@@ -12,6 +12,7 @@ Shapes: T response tokens of a micro-batch, packed; D hidden.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,14 +44,17 @@ class TokenWeights:
             tokens = sum(len(sample.rollout.response_ids) for sample in counted)
             return weight / tokens if tokens else 0.0
 
+        kept = [sample for sample in samples if not sample.dropped]
         return cls(
-            mean(maker.divergence_weight, [s for s in samples if s.teacher_ids is not None]),
-            mean(maker.policy_weight, [s for s in samples if s.rollout.reward is not None]),
-            mean(maker.config.loss.entropy_weight, samples),
+            mean(maker.divergence_weight, [s for s in kept if s.teacher_ids is not None]),
+            mean(maker.policy_weight, [s for s in kept if s.rollout.reward is not None]),
+            mean(maker.config.loss.entropy_weight, kept),
         )
 
     def counts(self, sample: Sample) -> bool:
         """Whether the sample moves the loss at all; the others need no forward pass."""
+        if sample.dropped:
+            return False
         has_teacher = self.divergence != 0 and sample.teacher_ids is not None
         return has_teacher or self.policy * sample.advantage != 0 or self.entropy != 0
 
@@ -148,9 +152,22 @@ class StepStatistics:
             "length/truncated_share": sum(r.truncated for r in rollouts) / len(rollouts),
             "feedback/missing_share": _share(s.feedback is None for s in self.samples),
             "feedback/cut_share": _share(s.feedback_cut for s in self.samples),
+            **self._feedback_problems(),
             "trained_tokens": float(self.tokens),
             **self.extra,
         }
+
+    def _feedback_problems(self) -> StepMetrics:
+        """How many rollouts each class of failure left without feedback, and how much of the
+        attempts the critiques repeat. Nothing where no critic was asked."""
+        problems = Counter(s.problem for s in self.samples if s.problem is not None)
+        shares = [s.prefix_share for s in self.samples if s.prefix_share is not None]
+        values = {f"feedback/problem/{name}": float(n) for name, n in sorted(problems.items())}
+        if shares:
+            values["feedback/verbatim_share"] = sum(shares) / len(shares)
+        if problems:
+            values["feedback/dropped_share"] = _share(s.dropped for s in self.samples)
+        return values
 
     def _sum(self, name: str, values_T: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(values_T.sum())

@@ -37,7 +37,7 @@ def check_prompts(session: Session, config: Config) -> None:
     renderer = renderer_for(session.policy, config)
     count = config.optim.steps * config.rollout.prompts_per_step
     training = session.train_data.take(0, count, config.seed)
-    template = feedback_maker(config, session.task).template
+    template = feedback_maker(config, None).template
     if template is not None:
         renderer.check_template(template, like=training[0])
     for prompt in _distinct([*training, *session.eval_prompts(config.eval.questions)]):

@@ -7,6 +7,7 @@ an averaged teacher that is the whole state; all randomness is a function of (se
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,10 +20,11 @@ from fastsd import checkpoint, hardware
 from fastsd.advantage import group_advantages
 from fastsd.answers import extract_answer
 from fastsd.config import Config
+from fastsd.critics import open_critic
 from fastsd.data import load_data
 from fastsd.deferred import Passes
 from fastsd.evaluate import evaluate
-from fastsd.feedback import feedback_maker, required_fields
+from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
 from fastsd.interrupt import SignalGate
 from fastsd.layout import MicroBatch, Sample
 from fastsd.model import load_policy
@@ -33,12 +35,28 @@ from fastsd.rollout import Sampler
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
-from fastsd.types import CheckpointError, FastsdError, Feedback, Rollout, Task
+from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
 from fastsd_kernels.loss_head import implementation_choice
 
-# Settings that a resumed run may change: none of them moves a weight.
-_FREE_ON_RESUME = ("run", "resume", "seeds", "threads", "checkpoint", "eval")
+# Settings that a resumed run may change: none of them says what the critic writes or moves a weight,
+# but for guard, which stopped the run.
+_FREE_ON_RESUME = (
+    *(
+        "run",
+        "resume",
+        "seeds",
+        "threads",
+        "checkpoint",
+        "eval",
+        "report",
+        "log",
+        "filter",
+        "guard",
+    ),
+    *("critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
+    *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers"),
+)
 
 
 def open_task(config: Config) -> Task | None:
@@ -69,7 +87,8 @@ class Session:
         self.loss_head = _loss_head(config.loss.impl, self.policy.head_VD)
         self.renderer = renderer_for(self.policy, config)
         self.sampler = Sampler(self.policy, self.renderer, config.rollout)
-        self.maker = feedback_maker(config, self.task)
+        asks = CONDITIONS[config.condition].critic
+        self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
         self.optimizer = Optimizer(self.policy.model, config.optim)
         self.clock = PhaseClock(self.policy.device)
@@ -78,6 +97,11 @@ class Session:
         self.cursor = 0
         self.buffer: list[Sample] = []
         check_prompts(self, config)
+
+    @functools.cached_property
+    def critic(self) -> Critic | None:
+        """The configured critic, opened when it is first asked for: it may be a model."""
+        return open_critic(self.config, self.task, self.run_dir)
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -109,10 +133,12 @@ class Session:
     def make_samples(self, rollouts: list[Rollout], feedback: list[Feedback]) -> list[Sample]:
         """Whole groups of rollouts with their prompts rendered and advantages computed."""
         size = self.config.rollout.samples_per_prompt
+        dropped = dropped_rollouts(rollouts, feedback, self.config.critic.on_invalid)
+        rewards = [None if gone else r.reward for r, gone in zip(rollouts, dropped, strict=True)]
         advantages = [
             advantage
             for start in range(0, len(rollouts), size)
-            for advantage in group_advantages([r.reward for r in rollouts[start : start + size]])
+            for advantage in group_advantages(rewards[start : start + size])
         ]
         prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
         rendered = {name: self.renderer.student(prompt) for name, prompt in prompts.items()}
@@ -122,16 +148,19 @@ class Session:
             if self.maker.template
         }
         samples = []
-        for rollout, given, advantage in zip(rollouts, feedback, advantages, strict=True):
+        for rollout, given, advantage, gone in zip(
+            rollouts, feedback, advantages, dropped, strict=True
+        ):
             student = rendered[rollout.prompt.id]
             teacher_ids, cut = None, False
-            if given.text is not None and self.maker.template:
+            if given.text is not None and not gone and self.maker.template:
                 prompt = self.renderer.teacher(rollout.prompt, self.maker.template, given.text)
                 teacher_ids, cut = (prompt.ids, prompt.cut) if prompt else (None, True)
             if teacher_ids is not None:
                 tokens = shared[rollout.prompt.id]
                 self.renderer.check_shared(rollout.prompt, tokens, student, teacher_ids)
-            samples.append(Sample(rollout, student, teacher_ids, advantage, given.text, cut))
+            shown = given.text, cut, given.problem, given.prefix_share
+            samples.append(Sample(rollout, student, teacher_ids, advantage, *shown, dropped=gone))
         return samples
 
     def passes(self, batch: MicroBatch, teaches: bool) -> Passes:
@@ -225,7 +254,10 @@ class Session:
 
     def _binding_settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json")
-        return {name: value for name, value in settings.items() if name not in _FREE_ON_RESUME}
+        for name in _FREE_ON_RESUME:
+            section, _, key = name.partition(".")
+            settings[section].pop(key) if key else settings.pop(section)
+        return settings
 
     def _samples_from_json(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
         if not records:

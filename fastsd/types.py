@@ -7,7 +7,7 @@ Everything imports this module; it imports nothing of fastsd and nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,18 +57,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Critique:
-    """A critic's step-aligned rewrite of a trace. text=None: the critic gave nothing usable."""
+    """A critic's step-aligned rewrite of a trace.
+
+    first_error: index of the first step that it changes. text=None: the critic gave nothing
+    usable, and `problem` names the class of failure ("timeout", "wrong_answer", ...).
+    prefix_share: of the attempt's steps, how many it repeats verbatim before the first change.
+    """
 
     text: str | None
     first_error: int | None = None
+    problem: str | None = None
+    prefix_share: float | None = None
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the self-teacher is shown for one rollout. text=None: this rollout has no teacher."""
+    """What the self-teacher is shown for one rollout. text=None: this rollout has no teacher,
+    because the condition has nothing for it, or because of `problem` (see Critique)."""
 
     text: str | None
     first_error: int | None = None
+    problem: str | None = None
+    prefix_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,16 @@ StepMetrics = dict[str, float]
 
 
 class Critic(Protocol):
-    """Writes feedback for one attempt. A frozen judge of the trace; it never sets the reward."""
+    """Writes feedback for attempts. A frozen judge of the trace; it never sets the reward.
 
-    def critique(self, question: str, trace: str, reference: str | None) -> Critique: ...
+    name: one clause for the run's header, e.g. "rule (chain_sum, local)".
+    """
+
+    name: str
+
+    def critique(self, rollouts: Sequence[Rollout]) -> list[Critique]:
+        """One critique for each rollout, in order. Raises CriticUnavailable where it is dead."""
+        ...
 
 
 class Task(Protocol):
@@ -118,7 +135,7 @@ class Task(Protocol):
         ...
 
     def critique(self, question: str, trace: str, reference: str | None) -> Critique:
-        """The rule-based critic: `Critic.critique`."""
+        """The rule-based critic on one attempt; raises TaskError where the task has none."""
         ...
 
     def answer(self, response: str) -> str | None:
