@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from fastsd.config import DataConfig
+from fastsd.sections import DataConfig
 from fastsd.types import FastsdError, Prompt, Task
 
 # Far apart, and prime: seeds do not meet, nor start at the same question of a task that repeats.

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 
 from fastsd.advantage import Localisation, localisation, token_spans
-from fastsd.config import TeacherConfig
 from fastsd.deferred import Passes
 from fastsd.feedback import COMPARED, CONDITIONS
 from fastsd.layout import Sample, micro_batches
 from fastsd.phases import PhaseClock
+from fastsd.sections import TeacherConfig
 from fastsd.session import Session
 from fastsd.teacher import Teacher
 from fastsd.types import Feedback, Rollout

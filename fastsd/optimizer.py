@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd.config import OptimConfig
+from fastsd.sections import OptimConfig
 from fastsd.types import CheckpointError, FastsdError, TrainingDiverged
 
 MAX_NONFINITE_IN_A_ROW = 5

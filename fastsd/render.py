@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastsd.config import PromptConfig
 from fastsd.layout import common_prefix
+from fastsd.sections import PromptConfig
 from fastsd.types import FastsdError, Prompt
 
 _MARKER = "\ue000fastsd{}\ue001"

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.config import RolloutConfig
 from fastsd.decoding import Decoding, Rows
 from fastsd.packed_layers import packed_layers
 from fastsd.render import PromptRenderer
+from fastsd.sections import RolloutConfig
 from fastsd.types import FastsdError, Prompt, Rollout
 from fastsd_kernels import sample_from_logits
 

@@ -153,7 +153,7 @@ class CriticConfig(Section):
     """With verbatim quoting: the least share of a right attempt's steps that a critique must repeat
     before its first change; less is invalid ("not_verbatim")."""
     on_invalid: Literal["drop_rollout", "drop_group", "reward_only"] = "drop_rollout"
-    """What becomes of a rollout without a valid critique; reward_only: it stays in the GRPO term."""
+    """What becomes of a rollout without a valid critique; reward_only: the GRPO term keeps it."""
     concurrency: int = Field(default=16, ge=1)
     """server: requests under way at once."""
     timeout_s: float = Field(default=120.0, gt=0)

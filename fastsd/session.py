@@ -39,22 +39,11 @@ from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Rollout
 from fastsd.verify import load_reward, score_rollouts
 from fastsd_kernels.loss_head import implementation_choice
 
-# Settings that a resumed run may change: none of them says what the critic writes or moves a weight,
-# but for guard, which stopped the run.
+# Settings that a resumed run may change: none moves a weight or says what the critic writes, but
+# for guard, which may have stopped the run.
 _FREE_ON_RESUME = (
-    *(
-        "run",
-        "resume",
-        "seeds",
-        "threads",
-        "checkpoint",
-        "eval",
-        "report",
-        "log",
-        "filter",
-        "guard",
-    ),
-    *("critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
+    *("run", "resume", "seeds", "threads", "checkpoint", "eval", "report", "log", "filter"),
+    *("guard", "critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
     *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers"),
 )
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastsd.config import TeacherConfig
 from fastsd.model import Policy, trainable_parameters
 from fastsd.packing import PrefixKeys
+from fastsd.sections import TeacherConfig
 from fastsd.types import TokenTree
 
 

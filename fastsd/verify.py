@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.answers import extract_answer, folded
-from fastsd.config import RewardConfig
+from fastsd.sections import RewardConfig
 from fastsd.types import FastsdError, Rollout, Task
 
 Reward = Callable[..., list[float | None]]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastsd.checkpoint import checkpoints, load_latest, save_checkpoint, verify
-from fastsd.config import LoraConfig, ModelConfig
+from fastsd.sections import LoraConfig, ModelConfig
 from fastsd.types import CheckpointError
 
 FORK = multiprocessing.get_context("fork")

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastsd.config import DataConfig
 from fastsd.data import DataError, RowSource, load_data, main, read_prompts
+from fastsd.sections import DataConfig
 from fastsd.tasks import load_task
 
 

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-from fastsd.config import EvalConfig
 from fastsd.evaluate import (
     EvalResult,
     checkpoint_config,
@@ -30,6 +29,7 @@ from fastsd.scores import (
     pass_by_question,
     pool_seeds,
 )
+from fastsd.sections import EvalConfig
 from fastsd.types import Prompt, Rollout
 
 

@@ -5,9 +5,9 @@ import torch
 from tiny_models import build_tiny_llama, build_tiny_qwen3
 from unpacked import everything_in_fp64, unpacked_hidden
 
-from fastsd.config import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.model import ModelError, load_policy
 from fastsd.packing import count_tokens
+from fastsd.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, FastsdError, TokenTree
 

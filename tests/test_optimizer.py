@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from fastsd.config import OptimConfig
 from fastsd.optimizer import Optimizer, learning_rate
+from fastsd.sections import OptimConfig
 from fastsd.types import CheckpointError, FastsdError, TrainingDiverged
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fastsd.config import RewardConfig
+from fastsd.sections import RewardConfig
 from fastsd.types import FastsdError, Prompt, Rollout
 from fastsd.verify import MathReward, exact_reward, extract_answer, load_reward, score_rollouts
 
