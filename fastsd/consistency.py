@@ -8,9 +8,11 @@ LoRA with a frozen teacher (a second copy instead of adapter_off's switch).
 
 from __future__ import annotations
 
+import importlib
 import re
 import string
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -21,7 +23,17 @@ from fastsd.tasks import TASKS
 
 REWARDS = ("task", "exact", "math")
 DATA_FIELDS = ("prompt", "messages", "question", "problem", "answer", "solution")
+# What each kind of critic cannot do without.
+_CRITIC_NEEDS = {
+    "local": {"model": "a folder or a Hugging Face name"},
+    "server": {
+        "url": "the base URL of the endpoint, e.g. http://127.0.0.1:8000/v1",
+        "model": "the name under which the endpoint serves it",
+    },
+    "replay": {"file": "a completions .parquet, a folder of them, or a .jsonl"},
+}
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # A lone {word}: not \frac{a}{b}, whose braces follow a letter or another brace.
 _TEMPLATE_FIELD = re.compile(r"(?<![\\\w}])\{([A-Za-z_]\w*)\}")
@@ -30,8 +42,7 @@ _TEMPLATE_FIELD = re.compile(r"(?<![\\\w}])\{([A-Za-z_]\w*)\}")
 def find_problems(config: Config) -> list[Problem]:
     """Impossible combinations, for each condition that will run and each that has overrides."""
     if config.condition != "all" and not config.per_condition:
-        checks = (_run_problems, _data_problems, _prompt_problems, _loss_problems, _optim_problems)
-        return [problem for check in checks for problem in check(config)]
+        return [problem for check in _CHECKS for problem in check(config)]
     if problems := _override_problems(config):
         return problems
     running = conditions_of(config)
@@ -137,7 +148,7 @@ def _data_problems(config: Config) -> list[Problem]:
 
 
 def _judge_problems(config: Config) -> list[Problem]:
-    """Rewards and critics that need a task's own check."""
+    """Rewards that need a task's own check."""
     problems, function = [], config.reward.function
     from_rows = config.data.train is not None and config.data.task is None
     if function not in REWARDS and not _FUNCTION.fullmatch(function):
@@ -146,10 +157,65 @@ def _judge_problems(config: Config) -> list[Problem]:
     if function == "task" and from_rows:
         hint = '"task" needs data.task; with data.train use "math", "exact" or "module:function"'
         problems.append(_problem("reward.function", hint))
-    if config.condition == "critique" and from_rows:
-        hint = f'condition "critique" with critic.kind = "{config.critic.kind}" needs data.task'
-        problems.append(_problem("condition", f'{hint}; with data.train use "reference" or "grpo"'))
     return problems
+
+
+def _critic_problems(config: Config) -> list[Problem]:
+    """What the critic of the condition lacks, or cannot be reached by."""
+    critic, problems = config.critic, []
+    if not CONDITIONS[config.condition].critic:
+        return []
+    kinds = 'set critic.kind to "local", "server" or "replay"'
+    if critic.kind == "rule" and config.data.train is not None and config.data.task is None:
+        hint = f'"{config.condition}" with critic.kind = "rule" needs data.task; with data.train'
+        problems.append(_problem("condition", f"{hint} {kinds}"))
+    if critic.kind == "rule" and not _has_rules(config.data.task):
+        hint = f'"{config.condition}" needs a critic, and {config.data.task} has no rules for one'
+        problems.append(_problem("condition", f"{hint}: {kinds}"))
+    for name in _CRITIC_NEEDS.get(critic.kind, {}):
+        if not getattr(critic, name):
+            hint = f'not set, and critic.kind = "{critic.kind}" needs it: '
+            problems.append(_problem(f"critic.{name}", hint + _CRITIC_NEEDS[critic.kind][name]))
+    if critic.kind == "server" and critic.url and (wrong := _url_problem(critic.url)):
+        problems.append(_problem("critic.url", wrong))
+    if critic.kind == "server" and not _VARIABLE.fullmatch(critic.api_key_env):
+        hint = "must be the name of an environment variable, not a key, e.g. OPENAI_API_KEY"
+        problems.append(_problem("critic.api_key_env", hint))
+    return problems
+
+
+def _has_rules(task: str | None) -> bool:
+    """Whether a task can write critiques itself; unknown ones are somebody else's mistake."""
+    if task not in TASKS:
+        return True
+    module, attribute = TASKS[task]
+    return getattr(getattr(importlib.import_module(module), attribute), "has_rules", True)
+
+
+def _url_problem(url: str) -> str | None:
+    """Why a base URL cannot be used. It is not shown: it may hold a password."""
+    example = "e.g. http://127.0.0.1:8000/v1"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"not a URL ({error}): set the base URL of the endpoint, {example}"
+    if parts.scheme not in ("http", "https") or not host:
+        return f"must begin with http:// or https:// and name a host, {example}"
+    if "@" in parts.netloc or parts.query:
+        hint = "must hold no password or key, for it is written into the run folder"
+        return f"{hint}; critic.api_key_env names the environment variable for one"
+    return None
+
+
+def _engine_problems(config: Config) -> list[Problem]:
+    """Servers of the rollouts: there, well-formed, and used."""
+    rollout = config.rollout
+    if rollout.engine == "vllm" and not rollout.servers:
+        hint = '"vllm" needs servers: set rollout.servers, e.g. ["http://127.0.0.1:8000"]'
+        return [_problem("rollout.engine", hint)]
+    wrong = [problem for url in rollout.servers if (problem := _url_problem(url))]
+    return [_problem("rollout.servers", problem) for problem in wrong]
 
 
 def _prompt_problems(config: Config) -> list[Problem]:
@@ -212,6 +278,12 @@ def _optim_problems(config: Config) -> list[Problem]:
         hint = f"found {list(optim.betas)}, both must be >= 0 and < 1"
         problems.append(_problem("optim.betas", hint))
     return problems
+
+
+_CHECKS = (
+    *(_run_problems, _data_problems, _critic_problems, _prompt_problems, _engine_problems),
+    *(_loss_problems, _optim_problems),
+)
 
 
 def _list(names) -> str:

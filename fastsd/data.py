@@ -287,10 +287,24 @@ def _did_you_mean(word: str, known: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+USAGE = """usage: python -m fastsd.data check FILE [field=column ...]
+       python -m fastsd.data filter [CONFIG.toml ...] --out FILE [--section.key VALUE ...]
+
+check: the count and the first row of a data file. filter: keeps the questions that are hard but
+learnable; see python -m fastsd.data filter --help."""
+
+
 def main(arguments: list[str]) -> int:
-    """`python -m fastsd.data check FILE [field=column ...]`: the count and the first row."""
+    """`python -m fastsd.data`; returns the exit code."""
+    if arguments[:1] == ["filter"]:
+        from fastsd.filter_command import main as filter_main
+
+        return filter_main(arguments[1:])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     if len(arguments) < 2 or arguments[0] != "check":
-        print("usage: python -m fastsd.data check FILE [field=column ...]", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     columns = {field: column for field, _, column in (a.partition("=") for a in arguments[2:])}
     try:

@@ -1,16 +1,16 @@
 """Many questions' responses, decoded side by side: shared prefixes and continuous batching.
 
-A question is prefilled once, packed with others, and its rows read that one copy of keys and
-values. A row leaves the batch with its last token; whole questions are admitted to the rows that
-became free, so the batch stays full whatever the lengths. What a row is computed from never depends
-on its neighbours.
+A question is prefilled once, packed with others (what they begin with in common once for all,
+`prefill.PromptTree`), and its rows read that one copy of keys and values. A row leaves the batch
+with its last token; whole questions are admitted to the rows that became free, so the batch stays
+full whatever the lengths. What a row is computed from never depends on its neighbours.
 
 Shapes: B rows under way, D hidden, V vocabulary, Q questions, S samples per question, T positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsd.decode_steps import AllSlots, Feed, RowsUnderWay
 from fastsd.packing import PrefixKeys
-from fastsd.types import Branch, TokenTree
+from fastsd.prefill import PromptTree, prompt_trees
 
 # A prefill costs a pass over all weights: questions are admitted once this share of rows is free.
 _ADMIT_AT = 0.25
@@ -131,29 +131,24 @@ class Decoding:
         self.steps.start(self._feed(rows._replace(count_B=np.ones_like(slot_B))))
         return self._extend(rows, hidden_PD.repeat_interleave(samples, 0))
 
-    def _prefill(self, questions: Sequence[int]) -> Tensor:
+    def _prefill(self, questions: range) -> Tensor:
         """hidden_PD of the prompts' last tokens; the cache gets their keys and values."""
-        portions: list[list[int]] = []
-        room = 0
-        for question in questions:
-            if not portions or self.prompt_Q[question] > room:
-                portions.append([])
-                room = _PREFILL_TOKENS
-            portions[-1].append(question)
-            room -= int(self.prompt_Q[question])
-        return torch.cat([self._prefill_together(portion) for portion in portions])
+        trees = prompt_trees((self.prompt_ids[q] for q in questions), _PREFILL_TOKENS)
+        waiting = iter(questions)
+        return torch.cat([self._prefill_together(tree, waiting) for tree in trees])
 
-    def _prefill_together(self, questions: Sequence[int]) -> Tensor:
+    def _prefill_together(self, tree: PromptTree, questions: Iterator[int]) -> Tensor:
+        """Takes the questions of the tree's prompts."""
+        pack, rows_of_prompt = tree.pack(joined=self.policy.attention_name != "native")
         keys = PrefixKeys()
-        nothing = Branch((), (self.policy.pad_id,))  # predicted by the prompt's last token, not fed
-        trees = [TokenTree(self.prompt_ids[question], (nothing,)) for question in questions]
-        hidden_PD = self.policy.hidden(trees, fills=keys)
-        start = 0
-        for question in questions:
-            stop = start + int(self.prompt_Q[question])
-            layers = [[x[start:stop].transpose(0, 1) for x in keys.layers[n]] for n in keys.layers]
-            self.cache.admit(question, [(key, value) for key, value in layers])
-            start = stop
+        hidden_PD = self.policy.run(pack, fills=keys)
+        for rows_P in rows_of_prompt:
+            rows_P = rows_P.to(self.policy.device)
+            layers = [
+                [x.index_select(0, rows_P).transpose(0, 1) for x in keys.layers[n]]
+                for n in keys.layers
+            ]
+            self.cache.admit(next(questions), [(key, value) for key, value in layers])
         return hidden_PD
 
     def _feed(self, rows: Rows) -> Feed:

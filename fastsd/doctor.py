@@ -33,7 +33,7 @@ EXTRAS = {
     "critic": ("openai",),
     "vllm": ("vllm",),
     "trackers": ("tensorboard", "trackio", "wandb"),
-    "data": ("datasets", "reasoning_gym"),
+    "data": ("reasoning_gym",),
 }
 # With these, glibc keeps large buffers instead of returning them and faulting them in every step.
 ALLOCATOR_ADVICE = {

@@ -81,8 +81,6 @@ def _prepare(
     invocation: Invocation, run_dir: Path, children: list[Config]
 ) -> tuple[EvalResult, dict[str, Localisation]]:
     """Prints the header, evaluates the base once, measures where the contexts press on it."""
-    from fastsd.localise import measure_localisation
-
     session = Session(children[0], run_dir)
     for config in children:  # before the first of them trains
         check_prompts(session, config)
@@ -94,9 +92,23 @@ def _prepare(
         [(_, base), *_] = read_evaluations(run_dir)
         found = run_dir / "localisation.json"
         if not found.exists():
-            measured = {n: v.to_json() for n, v in measure_localisation(session).items()}
-            replace_text(found, json.dumps(measured, indent=2))
+            _measure(session, run_dir, [child.condition for child in children])
     return base, _read_localisation(found)
+
+
+def _measure(session: Session, run_dir: Path, conditions: list[str]) -> None:
+    """Where each context presses: figures, the rollouts that the report shows, localisation.json
+    last, because a resumed run takes it for the whole."""
+    from fastsd.advantage_plots import write_figures
+    from fastsd.localise import measure_localisation
+    from fastsd.token_view import FILE, choose_rollouts, write_views
+
+    views, measured = measure_localisation(session, conditions)
+    if views:
+        write_figures(run_dir, views)
+        write_views(run_dir / FILE, choose_rollouts(views, session.config.report.rollouts))
+    text = json.dumps({name: one.to_json() for name, one in measured.items()}, indent=2)
+    replace_text(run_dir / "localisation.json", text)
 
 
 def _read_localisation(path: Path) -> dict[str, Localisation]:

@@ -1,101 +1,199 @@
 """Why critique wins, measured: where does each context press on the solver's own tokens?
 
-Before any training, the solver answers held-out questions; for every wrong answer the self-teacher
-then reads the reference solution or the critique, and A_t = log T(y_t) - log S(y_t) is taken on
+Before any training, the solver answers held-out questions; the self-teacher then reads the
+reference solution or the critique of each answer, and A_t = log T(y_t) - log S(y_t) is taken on
 each of the solver's tokens. A context that helps leaves right steps alone and presses on the wrong
 one (arXiv 2606.11173, its advantage analysis).
+
+What a context had nothing for (an invalid critique, no right sibling) has no advantage: it is left
+out of the figures and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 from fastsd.advantage import Localisation, localisation, token_spans
-from fastsd.deferred import Passes
-from fastsd.feedback import COMPARED, CONDITIONS
-from fastsd.layout import Sample, micro_batches
-from fastsd.phases import PhaseClock
-from fastsd.sections import TeacherConfig
-from fastsd.session import Session
-from fastsd.teacher import Teacher
-from fastsd.types import Feedback, Rollout
-from fastsd_kernels import fused_linear_statistics
+from fastsd.config import Config
+from fastsd.feedback import CONDITIONS
+from fastsd.layout import Sample
+from fastsd.model import Policy
+from fastsd.render import PromptRenderer
+from fastsd.rollout import Sampler
+from fastsd.steps import parse_steps
+from fastsd.token_statistics import token_statistics
+from fastsd.token_view import TokenView
+from fastsd.types import Critic, Feedback, Prompt, Rollout, Step, Task
+from fastsd.verify import Reward, score_rollouts
 
-QUESTIONS = 64
-SAMPLES = 4
+NO_ROOM = "no_room"
 
 
-@torch.no_grad()
-def measure_localisation(session: Session) -> dict[str, Localisation]:
-    """Localisation of every context, on the same rollouts of the session's present policy.
+class Subject(Protocol):
+    """What is measured: the parts of a `fastsd.session.Session` that it takes."""
 
-    Needs a task with checkable steps; {} without one. The teacher is the policy itself, so call it
-    before the first update.
+    config: Config
+    policy: Policy
+    renderer: PromptRenderer
+    sampler: Sampler
+    task: Task | None
+    reward: Reward
+    eval_prompts: Callable[[int], list[Prompt]]
+
+    @functools.cached_property
+    def critic(self) -> Critic | None: ...
+
+
+def measure_localisation(
+    subject: Subject, conditions: Sequence[str]
+) -> tuple[list[TokenView], dict[str, Localisation]]:
+    """Views and localisation of every context that applies, on the same held-out rollouts.
+
+    report.questions x report.samples rollouts of the present policy, scored by its reward;
+    conditions: those that will run. The teacher is the policy itself, so call it before the first
+    update. ([], {}) where no context applies. Raises CriticUnavailable where the critic is dead.
     """
-    if session.task is None:
-        return {}
-    prompts = session.eval_prompts(min(QUESTIONS, session.config.eval.questions))
-    rollouts = session.sampler.sample(prompts, SAMPLES, key=(session.config.eval.seed, 1))
-    tokenizer = session.policy.tokenizer
-    steps = [session.task.steps(r.prompt.question, r.text) for r in rollouts]
-    spans = [token_spans(tokenizer, r.response_ids, r.text) for r in rollouts]
-    contexts = [name for name in COMPARED if CONDITIONS[name].context]
+    prompts = subject.eval_prompts(subject.config.report.questions)
+    contexts = applicable_contexts(subject, conditions, prompts)
+    if not prompts or not contexts:
+        return [], {}
+    rollouts = held_out_rollouts(subject, prompts)
+    views = measure(subject, rollouts, contexts, subject.config.report.alternatives)
+    return views, localise(rollouts, views, contexts)
+
+
+def applicable_contexts(
+    subject: Subject, conditions: Sequence[str], prompts: Sequence[Prompt]
+) -> list[str]:
+    """The contexts that can be measured without asking for more than the run itself does.
+
+    reference: every question has a solution. critique: its rules are a task's, or a running
+    condition asks the critic anyway. Others where they run.
+    """
+    asked = any(CONDITIONS[name].critic for name in conditions)
+    has_rules = subject.task is not None and getattr(subject.task, "has_rules", True)
+    applies = {
+        "reference": all(prompt.solution is not None for prompt in prompts),
+        "critique": asked or (subject.config.critic.kind == "rule" and has_rules),
+    }
+    taught = [name for name, condition in CONDITIONS.items() if condition.context]
+    return [name for name in taught if applies.get(name, name in conditions)]
+
+
+def held_out_rollouts(subject: Subject, prompts: Sequence[Prompt]) -> list[Rollout]:
+    """report.samples scored responses to each prompt, in whole groups."""
+    config = subject.config
+    rollouts = subject.sampler.sample(
+        list(prompts), config.report.samples, key=(config.eval.seed, 1)
+    )
+    rewards = score_rollouts(subject.reward, rollouts)
+    return [replace(r, reward=value) for r, value in zip(rollouts, rewards, strict=True)]
+
+
+def localise(
+    rollouts: Sequence[Rollout], views: Sequence[TokenView], contexts: Sequence[str]
+) -> dict[str, Localisation]:
+    """Localisation by context of `measure`'s views; a rollout without teacher is unplaced."""
+    found = {}
+    for name in contexts:
+        pairs = zip(rollouts, (v for v in views if v.context == name), strict=True)
+        taught = [(rollout, view) for rollout, view in pairs if view.taught]
+        placed = localisation(
+            [rollout for rollout, _ in taught],
+            [view.advantage for _, view in taught],
+            [view.steps for _, view in taught],
+            [view.spans for _, view in taught],
+        )
+        found[name] = placed + Localisation(unplaced=len(rollouts) - len(taught))
+    return found
+
+
+def measure(
+    subject: Subject, rollouts: Sequence[Rollout], contexts: Sequence[str], alternatives: int
+) -> list[TokenView]:
+    """One view per rollout and context, the policy being its own teacher: the contexts of the first
+    rollout, then of the next. rollouts: scored, whole groups in order. alternatives: how many of
+    the teacher's likeliest tokens are kept of each position.
+
+    Raises CriticUnavailable; LocalisationError where tokens and text do not fit.
+    """
+    critiques: list[Feedback | None] = [None] * len(rollouts)
+    feedback, numbers = {}, {}
+    for name in contexts:
+        given = _feedback(subject, rollouts, name)
+        if CONDITIONS[name].critic:
+            critiques = list(given)
+        samples = _samples(subject, rollouts, given, name)
+        feedback[name] = [_as_shown(f, s) for f, s in zip(given, samples, strict=True)]
+        numbers[name] = token_statistics(subject.policy, subject.config, samples, alternatives)
+    views = []
+    for index, rollout in enumerate(rollouts):
+        shared = _shared_fields(subject, rollout, critiques[index])
+        for name in contexts:
+            shown = feedback[name][index]
+            own = {"feedback": shown.text, "problem": shown.problem, **vars(numbers[name][index])}
+            views.append(TokenView(context=name, **shared, **own))
+    return views
+
+
+def _shared_fields(subject: Subject, rollout: Rollout, critique: Feedback | None) -> dict[str, Any]:
+    """What the views of a rollout have in common."""
+    steps = marked_steps(subject.task, rollout, critique)
+    tokenizer = subject.policy.tokenizer
     return {
-        name: localisation(rollouts, context_advantages(session, rollouts, name), steps, spans)
-        for name in contexts
+        "prompt_id": rollout.prompt.id,
+        "sample": rollout.sample,
+        "question": rollout.prompt.question,
+        "response": rollout.text,
+        "answer": rollout.prompt.answer,
+        "reward": rollout.reward,
+        "steps": steps,
+        "first_error": next((k for k, step in enumerate(steps) if not step.correct), None),
+        "spans": tuple(token_spans(tokenizer, rollout.response_ids, rollout.text)),
     }
 
 
-def context_advantages(
-    session: Session, rollouts: Sequence[Rollout], condition: str
-) -> list[list[float]]:
-    """A_t for every response token of every rollout, the policy being its own teacher."""
-    policy, samples = session.policy, _samples(session, rollouts, condition)
-    teacher = Teacher(policy, TeacherConfig(kind="live"))
-    advantages: dict[int, list[float]] = {}
-    for batch in micro_batches(samples, session.config.optim.micro_batch_tokens):
-        passes = Passes(policy, teacher, batch, PhaseClock(policy.device))
-        for part in batch.parts:
-            advantage_T = _advantages(session, part, passes)
-            lengths = [len(sample.rollout.response_ids) for sample in part]
-            for sample, values_T in zip(part, advantage_T.split(lengths), strict=True):
-                advantages[id(sample)] = values_T.tolist()
-    return [advantages[id(sample)] for sample in samples]
+def marked_steps(
+    task: Task | None, rollout: Rollout, critique: Feedback | None
+) -> tuple[Step, ...]:
+    """The response's steps, right or wrong: as the task judges them; else those before the first
+    that a valid critique changes are right, it and later ones are not; else, of a right response,
+    all are right. () where nothing tells."""
+    if task is not None and (judged := task.steps(rollout.prompt.question, rollout.text)):
+        return tuple(judged)
+    parsed = parse_steps(rollout.text).steps
+    if critique is not None and critique.text is not None:
+        right = len(parsed) if critique.first_error is None else critique.first_error
+    elif rollout.reward is not None and rollout.reward >= 1.0:
+        right = len(parsed)
+    else:
+        return ()
+    return tuple(Step(step.start, step.end, k < right) for k, step in enumerate(parsed))
 
 
-def _advantages(session: Session, part: Sequence[Sample], passes: Passes) -> torch.Tensor:
-    """[T] over the response tokens of the part."""
-    policy, config = session.policy, session.config
-    ids = [i for sample in part for i in sample.rollout.response_ids]
-    student_TD = passes.student(part)
-    statistics = fused_linear_statistics(
-        student_TD,
-        policy.head_VD,
-        torch.tensor(ids, device=policy.device),
-        teacher_TD=passes.teacher(part, student_TD),
-        temperature=config.rollout.temperature,
-        impl=config.loss.impl,
-        **policy.head_options(),
-    )
-    assert statistics.teacher_logprob_T is not None
-    return statistics.teacher_logprob_T - statistics.student_logprob_T
-
-
-def _samples(session: Session, rollouts: Sequence[Rollout], name: str) -> list[Sample]:
+def _feedback(subject: Subject, rollouts: Sequence[Rollout], name: str) -> list[Feedback]:
     condition = CONDITIONS[name]
-    assert condition.context and condition.template
-    feedback = condition.context(rollouts, session.critic if condition.critic else None)
-    template = getattr(session.config.prompt, condition.template)
-    return [_sample(session, r, f, template) for r, f in zip(rollouts, feedback, strict=True)]
+    assert condition.context
+    return condition.context(rollouts, subject.critic if condition.critic else None)
 
 
-def _sample(session: Session, rollout: Rollout, feedback: Feedback, template: str) -> Sample:
-    # No feedback, no pressure: the teacher then sees what the student sees.
-    student_ids = session.renderer.student(rollout.prompt)
-    teacher_ids = student_ids
-    if feedback.text is not None:
-        prompt = session.renderer.teacher(rollout.prompt, template, feedback.text)
-        teacher_ids = prompt.ids if prompt else student_ids
-    return Sample(rollout, student_ids, teacher_ids, 0.0, feedback.text)
+def _samples(
+    subject: Subject, rollouts: Sequence[Rollout], feedback: Sequence[Feedback], name: str
+) -> list[Sample]:
+    template = getattr(subject.config.prompt, CONDITIONS[name].template or "")
+    samples = []
+    for rollout, given in zip(rollouts, feedback, strict=True):
+        student_ids, teacher = subject.renderer.student(rollout.prompt), None
+        if given.text is not None:
+            teacher = subject.renderer.teacher(rollout.prompt, template, given.text)
+        samples.append(Sample(rollout, student_ids, teacher.ids if teacher else None, 0.0))
+    return samples
+
+
+def _as_shown(given: Feedback, sample: Sample) -> Feedback:
+    """Feedback that has no room beside question and response was not shown."""
+    lost = given.text is not None and sample.teacher_ids is None
+    return replace(given, text=None, problem=NO_ROOM) if lost else given

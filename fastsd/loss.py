@@ -11,6 +11,7 @@ Shapes: T response tokens of a micro-batch, packed; D hidden.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -107,13 +108,18 @@ class StepStatistics:
         self.samples = samples
         self.loss = 0.0
         self.tokens = 0
+        self.taught_tokens = 0
         self.sums: dict[str, float] = {}
         self.divergence_of: dict[int, float] = {}
+        self.logprob_gaps: list[Tensor] = []
         self.extra: StepMetrics = {}
 
     def add(self, batch: Sequence[Sample], out: LossHeadOutput) -> None:
         self.loss += float(out.loss.detach())
         self.tokens += len(out.student_logprob_T)
+        sampled = [logprob for s in batch for logprob in s.rollout.logprobs]
+        logprob_T = out.student_logprob_T.detach().cpu()
+        self.logprob_gaps.append((logprob_T - torch.tensor(sampled, dtype=logprob_T.dtype)).abs())
         self._sum("entropy/mean", out.entropy_T)
         if out.policy_clipped_T is not None:
             self._sum("policy/clipped_share", out.policy_clipped_T)
@@ -126,7 +132,7 @@ class StepStatistics:
             if sample.teacher_ids is not None:
                 self.divergence_of[id(sample)] = float(part.mean())
                 self._sum("divergence/mean", part)
-                self.sums["taught"] = self.sums.get("taught", 0.0) + len(part)
+                self.taught_tokens += len(part)
 
     def divergence(self, sample: Sample) -> float | None:
         """Mean divergence over the sample's tokens; None where it had no teacher."""
@@ -136,11 +142,8 @@ class StepStatistics:
         rollouts = [sample.rollout for sample in self.samples]
         rewards = [r.reward for r in rollouts if r.reward is not None]
         lengths = [len(r.response_ids) for r in rollouts]
-        taught = self.sums.pop("taught", 0.0)
-        values = {
-            name: total / (taught if name == "divergence/mean" else self.tokens)
-            for name, total in self.sums.items()
-        }
+        counts = {"divergence/mean": self.taught_tokens}
+        values = {n: total / counts.get(n, self.tokens) for n, total in self.sums.items()}
         logprobs = math.fsum(logprob for r in rollouts for logprob in r.logprobs)
         return {
             "loss": self.loss,
@@ -150,12 +153,31 @@ class StepStatistics:
             "surprisal": -logprobs / sum(lengths),
             "length/mean": sum(lengths) / len(lengths),
             "length/truncated_share": sum(r.truncated for r in rollouts) / len(rollouts),
+            "length/repetition": self._repetition,
             "feedback/missing_share": _share(s.feedback is None for s in self.samples),
             "feedback/cut_share": _share(s.feedback_cut for s in self.samples),
             **self._feedback_problems(),
+            **self._logprob_gap(),
             "trained_tokens": float(self.tokens),
             **self.extra,
         }
+
+    @functools.cached_property
+    def _repetition(self) -> float:
+        """Mean over rollouts of `repeated_share`; kept, for it costs more than other metrics."""
+        shares = [repeated_share(sample.rollout.response_ids) for sample in self.samples]
+        return sum(shares) / len(shares)
+
+    def _logprob_gap(self) -> StepMetrics:
+        """|log-prob trained on - log-prob sampled with|: the sampler's rounding, or its weights; in
+        later steps of one batch of rollouts also how far the policy has moved."""
+        if not self.logprob_gaps:
+            return {}
+        gap_T = torch.cat(self.logprob_gaps)
+        # The value that 99 % do not exceed; torch.quantile refuses more than 16 million.
+        rank = max(1, math.ceil(0.99 * len(gap_T)))
+        p99 = float(gap_T.kthvalue(rank).values)
+        return {"rollout/logprob_gap_mean": float(gap_T.mean()), "rollout/logprob_gap_p99": p99}
 
     def _feedback_problems(self) -> StepMetrics:
         """How many rollouts each class of failure left without feedback, and how much of the
@@ -171,6 +193,14 @@ class StepStatistics:
 
     def _sum(self, name: str, values_T: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(values_T.sum())
+
+
+def repeated_share(ids: Sequence[int], n: int = 4) -> float:
+    """Share of a sequence's n-grams that it had before: 0 where all differ or none fits in."""
+    grams = len(ids) - n + 1
+    if grams < 1:
+        return 0.0
+    return 1 - len(set(zip(*(ids[i:] for i in range(n)), strict=False))) / grams
 
 
 def _share(flags: Iterable[bool]) -> float:

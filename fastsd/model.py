@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastsd import attention
 from fastsd.cpu_linear import takes_onednn, use_onednn
-from fastsd.packing import PrefixKeys, longest_path, pack_trees
+from fastsd.packing import Pack, PrefixKeys, longest_path, pack_trees
 from fastsd.refusals import ModelError, check_length, refuse_sinks, refuse_unsupported
 from fastsd.sections import LoraConfig, ModelConfig
 from fastsd.types import Branch, TokenTree
@@ -131,6 +131,13 @@ class Policy:
         pack = pack_trees(trees, reads)
         if fills is not None:
             fills.prefixes += [tree.prefix_ids for tree in trees]
+        return self.run(pack, reads, fills)
+
+    def run(
+        self, pack: Pack, reads: PrefixKeys | None = None, fills: PrefixKeys | None = None
+    ) -> Tensor:
+        """hidden_AD: the last hidden states of the pack's row_A. `hidden` says what reads and fills
+        are; raises ModelError for layers that attend elsewhere."""
         tree_attention = attention.TreeAttention(pack, reads, fills, self.device)
         # Hugging Face's layers checkpoint in training mode only.
         self.model.train(self.checkpoints and torch.is_grad_enabled())

@@ -1,11 +1,11 @@
 """AdamW on fp32 master weights, with the guards that a long run needs.
 
-The step is written so that it either happens whole or not at all. Norms are taken first; only
-when every one is finite do the weights and moments move, so a skipped step leaves them unchanged
-bit for bit. Low-precision parameters (bf16, fp16) get an fp32 master: their gradient is cast to
-it, some at a time, AdamW moves the master, and the parameter is the master rounded. fp32 parameters
-are their own master. `torch.optim.AdamW(fused=True)` does the arithmetic: on a CPU it measured 3 to
-7 times faster than the foreach and for-loop variants.
+The step is written so that it either happens whole or not at all. Norms are taken first; only when
+every one and the loss are finite, and no spike, do the weights and moments move, so a skipped step
+leaves them unchanged bit for bit. Low-precision parameters (bf16, fp16) get an fp32 master: their
+gradient is cast to it, some at a time, AdamW moves the master, and the parameter is the master
+rounded. fp32 parameters are their own master. `torch.optim.AdamW(fused=True)` does the arithmetic:
+on a CPU it measured 3 to 7 times faster than the foreach and for-loop variants.
 
 The schedule counts calls of `step`, not applied updates, so that a cosine ends with the run
 whatever was skipped.
@@ -14,7 +14,7 @@ whatever was skipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,13 +48,19 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 class Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over a model's trainable parameters.
 
-    Call `accumulate()` before each `loss.backward()`, then `step()`.
+    Call `backward(loss)` for each micro-batch, then `step()`. is_spike(gradient norm, loss) says of
+    an update that could be applied whether it is to be skipped.
     A matrix shared by two modules (embedding tied to the head) is one parameter under its first
     name. Parameters with one dimension or none (biases, norms) are not decayed.
     Raises FastsdError when the model has nothing to train.
     """
 
-    def __init__(self, model: torch.nn.Module, config: OptimConfig):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: OptimConfig,
+        is_spike: Callable[[float, float | None], bool] = lambda grad_norm, loss: False,
+    ):
         self.config = config
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -66,6 +72,8 @@ class Optimizer:
             name: _fp32_copy(p) if p.dtype in _LOW_PRECISION else p
             for name, p in self.parameters.items()
         }
+        self._is_spike = is_spike
+        self._loss: Tensor | None = None
         self.calls = 0
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -86,28 +94,40 @@ class Optimizer:
         """Clip, move the weights, clear the gradients.
 
         Returns grad_norm (fp32 norms per tensor, before clipping; inf or nan when the gradient
-        is not finite), lr, and skipped (1.0 when nothing moved). Nothing moves when a gradient is
-        not finite (counted in `nonfinite_steps`), or when no parameter has a gradient other than
+        is not finite), lr, skipped (1.0 when nothing moved), and guard/nonfinite and guard/spike
+        (1.0 when that is why). Nothing moves when a gradient or the loss is not finite (counted in
+        `nonfinite_steps`), when is_spike says so, or when no parameter has a gradient other than
         zero, e.g. because all of GRPO's groups agreed (counted in `empty_steps`).
-        Raises TrainingDiverged at the fifth non-finite gradient in a row.
+        Raises TrainingDiverged at the fifth non-finite call in a row, which then counts as not
+        made: a checkpoint has the state that it found.
         """
         lr = learning_rate(self.config, self.calls)
-        self.calls += 1
         if any(master.grad is not None for master in self.masters.values()):
             self.accumulate()  # the last micro-batch's to the others'; a single one stays as it is
         norms = self._gradient_norms()
         norm = math.sqrt(math.fsum(n * n for n in norms.values()))
-        finite = math.isfinite(norm)
-        moved = finite and norm > 0.0
+        loss = None if self._loss is None else self._loss.item()
+        finite = math.isfinite(norm) and (loss is None or math.isfinite(loss))
+        if not finite:
+            self._count_nonfinite(norms, loss, lr)
+        spike = finite and norm > 0.0 and self._is_spike(norm, loss)
+        moved = finite and norm > 0.0 and not spike
+        self.calls += 1
         if moved:
             self._apply(lr, norm)
             self.nonfinite_in_a_row = 0
-        elif finite:
+        elif finite and not spike:
             self.empty_steps += 1
         self.zero_grad()
-        if not finite:
-            self._count_nonfinite(norms, lr)
-        return {"grad_norm": norm, "lr": lr, "skipped": float(not moved)}
+        guards = {"guard/nonfinite": float(not finite), "guard/spike": float(spike)}
+        return {"grad_norm": norm, "lr": lr, "skipped": float(not moved), **guards}
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro-batch's gradients, and its loss (a scalar) to the step's."""
+        self.accumulate()
+        loss.backward()
+        value = loss.detach().double()
+        self._loss = value if self._loss is None else self._loss + value
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -124,7 +144,8 @@ class Optimizer:
             parameter.grad = None
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Drop all gradients and the loss."""
+        self._loss = None
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
@@ -237,18 +258,19 @@ class Optimizer:
             room -= master.nbytes
         return [portion for portion in portions if portion]
 
-    def _count_nonfinite(self, norms: Mapping[str, float], lr: float) -> None:
-        self.nonfinite_steps += 1
-        self.nonfinite_in_a_row += 1
-        if self.nonfinite_in_a_row < MAX_NONFINITE_IN_A_ROW:
+    def _count_nonfinite(self, norms: Mapping[str, float], loss: float | None, lr: float) -> None:
+        in_a_row = self.nonfinite_in_a_row + 1
+        if in_a_row < MAX_NONFINITE_IN_A_ROW:
+            self.nonfinite_steps += 1
+            self.nonfinite_in_a_row = in_a_row
             return
+        self.zero_grad()
         bad = next((name for name, norm in norms.items() if not math.isfinite(norm)), None)
-        bad = bad or max(norms, key=norms.__getitem__)
+        where = f"the gradient of {bad!r} (norm {norms[bad]})" if bad else f"the loss ({loss})"
         raise TrainingDiverged(
-            f"{self.nonfinite_in_a_row} non-finite gradients in a row (update {self.calls}): the "
-            f"first bad one is of {bad!r} (norm {norms[bad]}) at learning rate {lr:g}. The weights "
-            "are those of the last good update. Lower optim.lr, or look at metrics.jsonl for what "
-            "grew before"
+            f"{in_a_row} non-finite updates in a row (update {self.calls + 1}): the first bad "
+            f"tensor is {where} at learning rate {lr:g}. The weights are those of the last good "
+            "update. Lower optim.lr, or look at metrics.jsonl for what grew before"
         )
 
 

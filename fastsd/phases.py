@@ -25,6 +25,7 @@ class PhaseClock:
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._tokens: dict[str, int] = dict.fromkeys(PHASES, 0)
         self._saved: dict[str, int] = {}
+        self._notes: StepMetrics = {}
 
     @contextlib.contextmanager
     def phase(self, name: str, tokens: int = 0, saved: int | None = None) -> Iterator[None]:
@@ -35,10 +36,14 @@ class PhaseClock:
         if saved is not None:
             self._saved[name] = self._saved.get(name, 0) + saved
 
+    def note(self, metrics: StepMetrics) -> None:
+        """Numbers of a phase that the next `metrics` passes on."""
+        self._notes |= metrics
+
     def metrics(self) -> StepMetrics:
         """time/PHASE_s, tokens_per_s/PHASE for the phases that ran, memory/peak_mib; of those that
         share prefixes tokens/PHASE, tokens_saved/PHASE and sharing/PHASE, full rows' tokens over
-        computed ones."""
+        computed ones; what was noted."""
         values = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         values["time/step_s"] = sum(self._seconds.values())
         for name, tokens in self._tokens.items():
@@ -50,9 +55,11 @@ class PhaseClock:
             values[f"tokens_saved/{name}"] = saved
             values[f"sharing/{name}"] = (tokens + saved) / max(tokens, 1)
         values["memory/peak_mib"] = peak_memory_mib(self._device)
+        values |= self._notes
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._tokens = dict.fromkeys(PHASES, 0)
         self._saved = {}
+        self._notes = {}
         return values
 
     def _now(self) -> float:

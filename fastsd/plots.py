@@ -25,7 +25,7 @@ OTHER_STYLE = ("#3aa655", "-.")
 LABEL = 32  # characters of a name that fit a legend
 INK = "#010203"  # stands for the page's text colour; replaced by currentColor
 
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
@@ -98,7 +98,7 @@ def _figure(name: str, title: str, draw: Any) -> str:
     from matplotlib.figure import Figure
 
     # Figure without pyplot: no backend, no global state
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
@@ -106,10 +106,10 @@ def _figure(name: str, title: str, draw: Any) -> str:
         sink = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(sink, format="svg", transparent=True, metadata=nothing)
-    return _inline(sink.getvalue(), name, title)
+    return inline_svg(sink.getvalue(), name, title)
 
 
-def _inline(svg: str, name: str, title: str) -> str:
+def inline_svg(svg: str, name: str, title: str) -> str:
     """The <svg> element alone: own ids, the page's colour, a label for screen readers."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastsd.config import Config
-from fastsd.feedback import feedback_maker
+from fastsd.feedback import feedback_maker, required_fields
 from fastsd.model import Policy
 from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
-from fastsd.types import Prompt
+from fastsd.types import FastsdError, Prompt
 
 if TYPE_CHECKING:
     from fastsd.session import Session
@@ -40,6 +40,10 @@ def check_prompts(session: Session, config: Config) -> None:
     template = feedback_maker(config, None).template
     if template is not None:
         renderer.check_template(template, like=training[0])
+    for field, why in required_fields(config).items():
+        missing = next((prompt.id for prompt in training if getattr(prompt, field) is None), None)
+        if missing is not None:
+            raise FastsdError(f"prompt {missing!r} has no {field}, but {why}")
     for prompt in _distinct([*training, *session.eval_prompts(config.eval.questions)]):
         renderer.check_question(prompt)
 

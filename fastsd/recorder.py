@@ -1,7 +1,7 @@
 """What a run leaves behind while it trains: run.json, metrics, completions, and a progress line.
 
 On a terminal one live line shows the step; elsewhere a plain line is printed now and then, so that
-a log file stays readable.
+a log file stays readable. The metrics go to the configured trackers too.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
 from fastsd.cli import dump_toml
+from fastsd.completions_table import completions_table, plain_completions, sample_rows
 from fastsd.interrupt import Interrupted
 from fastsd.run_folder import CompletionRow, MetricsWriter, replace_text, write_completions
+from fastsd.trackers import Tracker, open_trackers
 from fastsd.types import CheckpointError, FastsdError
 
 if TYPE_CHECKING:
     from fastsd.loss import StepStatistics
     from fastsd.session import Session
-
-COMPLETIONS_EVERY = 10
 
 
 class Recorder:
@@ -35,6 +35,7 @@ class Recorder:
         self.argv = list(argv)
         self._live: Any = None
         self._writer: MetricsWriter | None = None
+        self._trackers: list[Tracker] = []
 
     def open(self, session: Session, *, resumed: bool) -> None:
         """Creates the run folder's first files; after a resume drops what will be done again."""
@@ -44,6 +45,9 @@ class Recorder:
         replace_text(run_dir / "run.json", json.dumps(run_facts(session, self.argv), indent=2))
         self._writer = MetricsWriter(run_dir, keep_through=session.step)
         self._start, self._first_step = time.perf_counter(), session.step
+        if not session.done:
+            log = session.config.log
+            self._trackers = open_trackers(log, run_dir, self.label, session.step, self.say)
         if sys.stdout.isatty():
             from rich.live import Live
 
@@ -57,8 +61,15 @@ class Recorder:
         assert self._writer is not None
         metrics = statistics.metrics()
         self._writer.write(session.step, metrics)
-        if session.step == 1 or session.step % COMPLETIONS_EVERY == 0 or session.done:
-            write_completions(session.run_dir, session.step, _rows(statistics))
+        for tracker in self._trackers:
+            tracker.log(session.step, metrics)
+        log, step = session.config.log, session.step
+        if step == 1 or step % log.completions_every == 0 or session.done:
+            write_completions(session.run_dir, step, _rows(statistics))
+        if log.print_every and step % log.print_every == 0:
+            self._print_completions(step, sample_rows(_rows(statistics), log.print_rows))
+        for warning in session.guard.warnings():
+            self.say(f"{self.label}: {warning}")
         self._progress(session, metrics)
 
     def say(self, line: str) -> None:
@@ -78,8 +89,17 @@ class Recorder:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._live is not None:
             self._live.stop()
+
+    def _print_completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        encoding = sys.stdout.encoding or "utf-8"
+        if self._live is None:
+            print(plain_completions(step, rows, encoding), flush=True)
+        else:
+            self._live.console.print(completions_table(step, rows, encoding))
 
     def _progress(self, session: Session, metrics: dict[str, float]) -> None:
         steps = session.config.optim.steps

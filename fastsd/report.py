@@ -1,49 +1,51 @@
-"""One page that shows a run: `python -m fastsd.report RUN` writes RUN/report.html.
+"""One page that shows runs: `python -m fastsd.report RUN [RUN ...]` writes report.html.
 
-The page is a function of the run folder's files and can be written again at any time. It is
-self-contained: no request, no script, pictures inline; a content security policy says so to the
-browser too. Every text on it that came from a model, a critic or a data set is escaped by jinja.
+The page is a function of the run folders' files and can be written again at any time. It is one
+file that loads nothing and can be read without script (`fastsd.report_page`).
 
-    RUN/summary.json, RUN/<condition>-seed<k>/{metrics.jsonl, evaluation.json, completions/}
+    RUN/{summary.json, localisation.json, advantages.parquet}
+    RUN/<condition>-seed<k>/{metrics.jsonl, evaluation.json, completions/}
 
 A RUN without such children is a single run and is shown as its own only child; a RUN without
-summary.json (a crash) is compared from the evaluations that exist.
+summary.json (a crash) is compared from the evaluations that exist; what has no file has no section.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastsd import report_curves
+from fastsd.model_card import limits_of_run, write_model_card
+from fastsd.report_page import inline_picture, write_page
+from fastsd.report_runs import comparison, labelled, read_runs
+from fastsd.report_tokens import ROOM, localisation_part, token_section
+from fastsd.report_warnings import warnings_of
 from fastsd.run_folder import (
     CompletionRow,
     MetricsWriter,
     Run,
     RunFolderError,
     append_evaluation,
-    read_evaluations,
     read_last_completions,
-    read_metrics,
-    read_run,
-    replace_text,
     write_completions,
 )
 from fastsd.summary import (
-    LOCALISATION_HEADERS,
     console_table,
-    difference_rows,
     limits_of,
-    localisation_rows,
     plain_table,
-    score_headers,
-    score_rows,
     summarise,
 )
+from fastsd.token_view import FILE as VIEWS
+from fastsd.token_view import TokenView, read_views
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from fastsd.types import Task
 
 __all__ = [
     "CompletionRow",
@@ -59,58 +61,133 @@ __all__ = [
     "write_report",
 ]
 
-# Metric in metrics.jsonl -> title and unit of its panel.
-CURVES = {
-    "reward/mean": ("Reward", "mean reward"),
-    "divergence/mean": ("Divergence from the teacher", "nats per token"),
-    "entropy/mean": ("Entropy of the solver", "nats per token"),
-    "length/mean": ("Response length", "tokens"),
-}
 SAMPLES_PER_CONDITION = 4
 TRL_COLUMNS = {"step", "prompt", "completion", "advantage", "critique", "divergence"}
+SECTIONS = {
+    "warnings": "Warnings",
+    "comparison": "Comparison",
+    "curves": "Training",
+    "phases": "Time and tokens",
+    "localisation": "Where the credit falls",
+    "tokens": "Token by token",
+    "samples": "Sample completions",
+}
+# Section -> id of its heading, where that is another word.
+IDS = {"curves": "training", "phases": "time"}
 
 
-def _curves(run: Run) -> list[str]:
-    """The training panels that have data, as SVG."""
-    from fastsd import plots
+def write_report(*run_dirs: Path | str, out: Path | str | None = None) -> Path:
+    """Write one page about one or several run folders and return its path.
 
-    panels: list[tuple[str, str, str, dict[str, list]]] = []
-    evaluations: dict[str, list] = {}
-    samples = 0
-    for name, paths in run.children.items():
-        for results in filter(None, map(read_evaluations, paths)):
-            steps = [step for step, _ in results]
-            evaluations.setdefault(name, []).append((steps, [100 * r.avg_at_k for _, r in results]))
-            samples = results[0][1].samples
-    panels.append(("avg", f"Avg@{samples} on held-out questions", "%", evaluations))
-    lines = {name: [read_metrics(path) for path in paths] for name, paths in run.children.items()}
-    for metric, (title, unit) in CURVES.items():
-        series: dict[str, list] = {}
-        for name, seeds in lines.items():
-            for seed in seeds:
-                known = [(m["step"], m[metric]) for m in seed if m.get(metric) is not None]
-                if known:
-                    series.setdefault(name, []).append(tuple(zip(*known, strict=True)))
-        panels.append((metric.replace("/", "-"), title, unit, series))
-    return [plots.curves(name, title, data, unit) for name, title, unit, data in panels if data]
+    out: the file; by default report.html in the run folder of an only run, else in the working
+    directory. Raises RunFolderError naming the file that is missing or broken.
+    """
+    runs = read_runs(run_dirs)
+    folders = [run.folder for run in runs.values()]
+    path = (
+        Path(out)
+        if out is not None
+        else (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    )
+    parts = _parts(runs)
+    contents = [
+        (IDS.get(part, part), name)
+        for part, name in SECTIONS.items()
+        if parts[part] or part == "comparison"
+    ]
+    return write_page(
+        path,
+        "report.html.j2",
+        title=" and ".join(folder.name for folder in folders) if len(folders) < 3 else path.stem,
+        subtitle=_subtitle(runs),
+        contents=contents,
+        limits=_limits(runs),
+        **parts,
+    )
 
 
-def _localisation_figures(summary: Mapping[str, Any] | None) -> list[str]:
-    from fastsd import plots
-
-    if not summary or not summary["localisation"]:
-        return []
-    places = ("before", "at", "after", "correct")
-    labels: Sequence[str] = ("before", "first wrong step", "after", "correct responses")
-    means: dict[str, dict[str, float | None]] = {
-        context: dict(zip(labels, (one["mean_abs"][p] for p in places), strict=True))
-        for context, one in summary["localisation"].items()
+def _parts(runs: Mapping[str, Run]) -> dict[str, Any]:
+    """What each section shows; falsy where there is nothing for it."""
+    metrics, compared = report_curves.metrics_of(runs), comparison(runs)
+    if compared:
+        picture = report_curves.intervals(compared["average"], compared["intervals"])
+        compared["figures"] = [inline_picture(picture)]
+    phases = report_curves.phases(metrics)
+    if phases:
+        phases["figures"] = _pictures(phases["figures"])
+    views = {name: _views(run) for name, run in runs.items()}
+    return {
+        "warnings": warnings_of(runs),
+        "comparison": compared,
+        "curves": _pictures(report_curves.curves(runs, metrics)),
+        "phases": phases,
+        "localisation": _localisation(runs, views),
+        "tokens": _tokens(runs, views),
+        "samples": [one for name, run in runs.items() for one in _samples(name, run)],
     }
-    title = "Mean |A| around the first wrong step"
-    return [plots.bars("localisation", title, means, "mean |log T − log S|")]
 
 
-def _samples(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
+def _pictures(drawn: Sequence[str]) -> list[Markup]:
+    return [inline_picture(svg) for svg in drawn]
+
+
+def _views(run: Run) -> list[TokenView]:
+    path = run.folder / VIEWS
+    return read_views(path) if path.exists() else []
+
+
+def _localisation(
+    runs: Mapping[str, Run], views: Mapping[str, Sequence[TokenView]]
+) -> dict[str, Any] | None:
+    """Table and figures; of several runs, one table and the bars of all contexts."""
+    where = {
+        labelled(run, context): one
+        for run, one_run in runs.items()
+        for context, one in ((one_run.summary or {}).get("localisation") or {}).items()
+    }
+    if not where:
+        return None
+    return localisation_part(views[""] if "" in views else (), where)
+
+
+def _tokens(
+    runs: Mapping[str, Run], views: Mapping[str, Sequence[TokenView]]
+) -> list[tuple[str, dict[str, Any]]]:
+    room = ROOM // max(1, sum(map(bool, views.values())))
+    return [
+        (name, token_section(views[name], _task(run), room))
+        for name, run in runs.items()
+        if views[name]
+    ]
+
+
+def _task(run: Run) -> Task | None:
+    """The task whose steps the run's responses have; None for data from files."""
+    from fastsd.tasks import load_task
+
+    data = run.config.get("data", {})
+    return load_task(data["task"], **data.get("task_options", {})) if data.get("task") else None
+
+
+def _subtitle(runs: Mapping[str, Run]) -> str:
+    if len(runs) > 1:
+        return f"{len(runs)} runs"
+    run = next(iter(runs.values()))
+    facts, summary = [", ".join(run.children)], run.summary or {}
+    if seeds := summary.get("seeds"):
+        facts.append(f"{seeds} seed{'s' if seeds > 1 else ''} each")
+    if seconds := summary.get("seconds"):
+        facts.append(f"{seconds:.0f} s in all")
+    return " · ".join(facts)
+
+
+def _limits(runs: Mapping[str, Run]) -> list[str]:
+    """What must be said beside the results, each once."""
+    known = [limits_of_run(run) for run in runs.values()]
+    return list(dict.fromkeys(limit for limits in known for limit in limits))
+
+
+def _samples(name: str, run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     """A few completions of each condition's first seed, wrong ones first."""
     chosen = []
     for paths in run.children.values():
@@ -120,7 +197,9 @@ def _samples(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
             for row in map(_sample, rows):
                 (right if row["verdict"] == "right" else wrong).append(row)
             keep = wrong[: SAMPLES_PER_CONDITION - 1]
-            chosen.append((paths[0].name, keep + right[: SAMPLES_PER_CONDITION - len(keep)]))
+            label = paths[0].name if paths[0] != run.folder else name or paths[0].name
+            label = label if label == name else labelled(name, label)
+            chosen.append((label, keep + right[: SAMPLES_PER_CONDITION - len(keep)]))
     return chosen
 
 
@@ -137,134 +216,21 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _warnings(run: Run) -> list[str]:
-    found = []
-    for path in (path for paths in run.children.values() for path in paths):
-        count = sum(line.get("non_finite", 0) for line in read_metrics(path))
-        if count:
-            found.append(f"{path.name}: {count} metric values were not finite numbers")
-    return found
-
-
-def _environment() -> Any:
-    import jinja2
-    from markupsafe import Markup
-
-    def markdown(value: object) -> Markup:
-        """Text as text in a Markdown line: HTML escaped, Markdown's own signs backslashed."""
-        line = html.escape(" ".join(str(value).split()), quote=False)
-        return Markup(re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", line))
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["md"] = markdown
-    return environment
-
-
-def _tables(run: Run) -> dict[str, Any]:
-    """What page and model card share."""
-    summary, task = run.summary, run.config.get("data", {}).get("task")
-    return {
-        "summary": summary,
-        "score_headers": score_headers(summary) if summary else [],
-        "scores": score_rows(summary) if summary else [],
-        "differences": difference_rows(summary) if summary else [],
-        "limits": summary["limits"] if summary else limits_of(task),
-    }
-
-
-def write_report(run_dir: Path | str) -> Path:
-    """Write <run>/report.html from the folder's files and return its path.
-
-    Raises RunFolderError naming the file that is missing or broken.
-    """
-    from markupsafe import Markup
-
-    run = read_run(run_dir)
-    summary = run.summary
-    facts = [", ".join(run.children)]
-    if summary and summary.get("seeds"):
-        facts.append(f"{summary['seeds']} seed{'s' if summary['seeds'] > 1 else ''} each")
-    if summary and summary.get("seconds"):
-        facts.append(f"{summary['seconds']:.0f} s in all")
-    page = _environment().get_template("report.html.j2")
-    text = page.render(
-        **_tables(run),
-        title=run.folder.name,
-        subtitle=" · ".join(facts),
-        warnings=_warnings(run),
-        # Markup: pictures drawn by us, whose texts matplotlib has escaped
-        figures=[Markup(svg) for svg in _curves(run)],
-        localisation=localisation_rows(summary) if summary else [],
-        localisation_headers=LOCALISATION_HEADERS,
-        localisation_figures=[Markup(svg) for svg in _localisation_figures(summary)],
-        samples=_samples(run),
-    )
-    path = run.folder / "report.html"
-    replace_text(path, text)
-    return path
-
-
-def write_model_card(run_dir: Path | str, checkpoint_dir: Path | str) -> Path:
-    """Write <run>/README.md, the model card of one checkpoint of the run, and return its path.
-
-    It names the checkpoint by its folder's name and states results with their intervals and limits.
-    """
-    run, checkpoint = read_run(run_dir), Path(checkpoint_dir).name
-    if not re.fullmatch(r"[\w.-]+", checkpoint):
-        raise RunFolderError(
-            f"a checkpoint folder's name may hold [A-Za-z0-9_.-]; got {checkpoint!r}"
-        )
-    config = run.config
-    model = config.get("model", {}).get("name", "") or "a causal language model"
-    condition = config.get("condition", next(iter(run.children)))
-    names = ("teacher.kind", "loss.divergence", "optim.lr", "optim.steps", "rollout.temperature")
-    settings = [("condition", condition)]
-    for section, field in (name.split(".") for name in names):
-        if field in config.get(section, {}):
-            settings.append((f"{section}.{field}", config[section][field]))
-    text = (
-        _environment()
-        .get_template("model_card.md.j2")
-        .render(
-            **_tables(run),
-            base=model,
-            hub_base=model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None,
-            condition=condition,
-            description=DESCRIPTIONS.get(condition, DESCRIPTIONS["other"]),
-            checkpoint=checkpoint,
-            settings=settings,
-        )
-    )
-    path = run.folder / "README.md"
-    replace_text(path, re.sub(r"\n{3,}", "\n\n", text))
-    return path
-
-
-DESCRIPTIONS = {
-    "grpo": "Trained by GRPO on the correctness of its own answers.",
-    "reference": "Trained by on-policy self-distillation: on its own answers, towards the same "
-    "model shown a reference solution.",
-    "critique": "Trained by on-policy self-distillation: on its own answers, towards the same "
-    "model shown a step-aligned critique of each answer.",
-    "other": "Trained with fastsd.",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     from fastsd.cli import run_main
 
     parser = argparse.ArgumentParser(
-        prog="python -m fastsd.report", description="Writes RUN/report.html from the run's files."
+        prog="python -m fastsd.report",
+        description="Writes one self-contained page about one or several runs from their files.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page; default: RUN/report.html, of several runs ./report.html",
+    )
     arguments = parser.parse_args(argv)
-    return run_main(lambda: print(write_report(arguments.run)))
+    return run_main(lambda: print(write_report(*arguments.runs, out=arguments.out)))
 
 
 if __name__ == "__main__":

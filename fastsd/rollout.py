@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from fastsd.decoding import Decoding, Rows
-from fastsd.packed_layers import packed_layers
+from fastsd.packed_layers import packed_layers, packed_layers_name
 from fastsd.render import PromptRenderer
 from fastsd.sections import RolloutConfig
-from fastsd.types import FastsdError, Prompt, Rollout
+from fastsd.types import FastsdError, Prompt, Rollout, StepMetrics
 from fastsd_kernels import sample_from_logits
 
 
 class Sampler:
-    """Samples responses from a policy. `sample` is all that another engine must implement."""
+    """Samples responses from a policy: what other engines (`fastsd.vllm_rollout`) do otherwise."""
 
     def __init__(self, policy, renderer: PromptRenderer, config: RolloutConfig):
         self.policy = policy
@@ -86,6 +86,18 @@ class Sampler:
             for question, prompt in enumerate(prompts)
             for sample in range(samples)
         ]
+
+    @property
+    def name(self) -> str:
+        """The engine in one clause, for the run's header."""
+        return f"{packed_layers_name(self.policy)}, in-process, shared prefixes"
+
+    def update_weights(self, version: int) -> None:
+        """Samples come from the weights of this version from now on: here they always do."""
+
+    def metrics(self) -> StepMetrics:
+        """Numbers about the engine since the last update of the weights."""
+        return {}
 
     def _rollout(self, prompt: Prompt, sample: int, ids: list, logprobs: list) -> Rollout:
         stopped = ids[-1] in self.stop_ids

@@ -53,7 +53,7 @@ class TeacherConfig(Section):
 
 class DataConfig(Section):
     task: str | None = None
-    """A procedural task by name: "chain_sum" or "word_problems"."""
+    """A procedural task by name: "chain_sum", "word_problems" or "reasoning_gym"."""
     task_options: dict[str, Any] = {}
     """Options of that task, e.g. reference_phrasing = "own" (chain_sum)."""
     train: str | None = None

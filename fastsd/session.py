@@ -25,18 +25,19 @@ from fastsd.data import load_data
 from fastsd.deferred import Passes
 from fastsd.evaluate import evaluate
 from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
+from fastsd.guards import Guard
 from fastsd.interrupt import SignalGate
 from fastsd.layout import MicroBatch, Sample
 from fastsd.model import load_policy
 from fastsd.optimizer import Optimizer
 from fastsd.phases import PhaseClock
 from fastsd.preflight import check_prompts, renderer_for
-from fastsd.rollout import Sampler
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
 from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
+from fastsd.vllm_rollout import open_sampler
 from fastsd_kernels.loss_head import implementation_choice
 
 # Settings that a resumed run may change: none moves a weight or says what the critic writes, but
@@ -75,11 +76,12 @@ class Session:
         self.policy = load_policy(config.model, device, dtype)
         self.loss_head = _loss_head(config.loss.impl, self.policy.head_VD)
         self.renderer = renderer_for(self.policy, config)
-        self.sampler = Sampler(self.policy, self.renderer, config.rollout)
+        self.sampler = open_sampler(self.policy, self.renderer, config.rollout, run_dir)
         asks = CONDITIONS[config.condition].critic
         self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
-        self.optimizer = Optimizer(self.policy.model, config.optim)
+        self.guard = Guard(config.guard)
+        self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike)
         self.clock = PhaseClock(self.policy.device)
         self.gate = SignalGate()
         self.step = 0
@@ -90,7 +92,8 @@ class Session:
     @functools.cached_property
     def critic(self) -> Critic | None:
         """The configured critic, opened when it is first asked for: it may be a model."""
-        return open_critic(self.config, self.task, self.run_dir)
+        judge = {"reward": self.reward, "tokenizer": self.policy.tokenizer}
+        return open_critic(self.config, self.task, self.run_dir, **judge)
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -108,9 +111,11 @@ class Session:
         count = rollout.prompts_per_step * rollout.steps_per_batch
         prompts = self.train_data.take(self.cursor, count, self.config.seed)
         with self.clock.phase("rollout"):
+            self.sampler.update_weights(self.step)
             rollouts = self.sampler.sample(
                 prompts, rollout.samples_per_prompt, key=(self.config.seed, self.step)
             )
+        self.clock.note(self.sampler.metrics())
         tokens = sum(len(r.response_ids) for r in rollouts)
         with self.clock.phase("rollout", tokens):
             rewards = score_rollouts(self.reward, rollouts)
@@ -174,6 +179,7 @@ class Session:
         due = self.step == 0 or self.done or (every and self.step % every == 0)
         if not due or any(step == self.step for step, _ in read_evaluations(self.run_dir)):
             return
+        self.sampler.update_weights(self.step)
         result = evaluate(
             self.sampler,
             self.reward,
@@ -205,6 +211,7 @@ class Session:
             "step": self.step,
             "cursor": self.cursor,
             "optimizer": self.optimizer.state_json(),
+            "guard": self.guard.state_json(),
             "buffer": [_sample_to_json(sample) for sample in self.buffer],
             "config": self._binding_settings(),
         }
@@ -227,6 +234,7 @@ class Session:
         self.optimizer.load(_part(found.tensors, "optimizer/"), found.state["optimizer"])
         if self.teacher is not None:
             self.teacher.load_state_tensors(_part(found.tensors, "teacher/"))
+        self.guard.load(found.state["guard"])
         torch.set_rng_state(found.tensors["torch_rng"])
         self.step, self.cursor = found.state["step"], found.state["cursor"]
         self.buffer = self._samples_from_json(found.state["buffer"])

@@ -62,8 +62,7 @@ def update(
             with session.clock.phase("head", len(student_TD)):
                 out = loss_head(student_TD, teacher_TD, part, weights, session)
             with session.clock.phase("student"):
-                session.optimizer.accumulate()
-                out.loss.backward()
+                session.optimizer.backward(out.loss)
             statistics.add(part, out)
         if batch.deferred:
             session.optimizer.accumulate()
@@ -71,11 +70,13 @@ def update(
     with session.gate.closed():
         with session.clock.phase("optimizer", statistics.tokens):
             stepped = session.optimizer.step()
-            if session.teacher is not None:
+            if session.teacher is not None and not stepped["skipped"]:
                 session.teacher.update(session.optimizer.masters)
         session.advance()
         statistics.extra = {**stepped, **session.clock.metrics()}
+        statistics.extra |= session.guard.observe(session.step, statistics.metrics(), len(samples))
         record(session, statistics)
+    session.guard.check()
     return statistics
 
 

@@ -11,38 +11,34 @@ in another process (fastsd/verify_worker.py), which never imports torch and fork
 answer. A child gets 90 % of reward.timeout_s and then SIGKILL; the rest of the time pays for the
 kill and the next fork, so that N answers on two workers take at most N / 2 * timeout_s after the
 workers' start (about 2 s, once, at the first answer that needs them). A worker that itself stops
-answering, which no answer can bring about, is replaced after timeout_s + 10 s and scores 0.
+answering, which no answer can bring about, is replaced after timeout_s + 10 s and scores 0. Tasks
+whose answers take more than a comparison to judge are judged in such processes too (fastsd/tasks/).
 """
 
 from __future__ import annotations
 
-import atexit
 import difflib
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import numbers
-import queue
 import re
-import select
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fastsd.answers import extract_answer, folded
 from fastsd.sections import RewardConfig
 from fastsd.types import FastsdError, Rollout, Task
+from fastsd.workers import WorkerPool
 
 Reward = Callable[..., list[float | None]]
 
 MAX_ANSWER_CHARACTERS = 2000
-_WORKERS = 2
-_START_S = 120.0
+# Of reward.timeout_s, what a child gets before SIGKILL.
+CHILD_SHARE = 0.9
+PATIENCE_S = 10.0
 _BUILT_IN = ("task", "exact", "math")
 _WORDS = re.compile(r"[^\W\d_]{2,}([ '-][^\W\d_]+)*")
 
@@ -57,7 +53,9 @@ def load_reward(config: RewardConfig, task: Task | None) -> Reward:
     if name == "task":
         if task is None:
             raise FastsdError('reward.function = "task" needs a task: set data.task')
-        return task.reward
+        # Only a task that judges answers in processes of its own has a limit to set.
+        within = getattr(task, "reward_within", None)
+        return task.reward if within is None else within(config.timeout_s)
     if name == "exact":
         return exact_reward
     if name == "math":
@@ -99,7 +97,7 @@ def exact_reward(
 ) -> list[float | None]:
     """1.0 where the final answer is the answer: NFKC, spaces and case set aside, else 0.0."""
     golds = [folded(gold) for gold in _required(answer, "exact")]
-    found = [folded(extract_answer(_text(completion))) for completion in completions]
+    found = [folded(extract_answer(completion_text(completion))) for completion in completions]
     return [float(f != "" and f == gold) for f, gold in zip(found, golds, strict=True)]
 
 
@@ -115,96 +113,30 @@ class MathReward:
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self.timeouts = 0
-        self._threads: ThreadPoolExecutor | None = None
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        if importlib.util.find_spec("math_verify") is None:
+            raise FastsdError('reward.function = "math" needs: pip install math-verify')
+        script = Path(__file__).with_name("verify_worker.py")
+        self.workers = WorkerPool(script, [str(CHILD_SHARE * timeout_s)])
 
     def __call__(
         self, prompts: list, completions: list, answer: list[str | None], **columns: Any
     ) -> list[float | None]:
         golds = _required(answer, "math")
-        found = [extract_answer(_text(completion)) for completion in completions]
+        found = [extract_answer(completion_text(completion)) for completion in completions]
         pairs = [(gold.strip(), f) for gold, f in zip(golds, found, strict=True)]
         rewards: list[float | None] = [float(gold == found) for gold, found in pairs]
         open_rows = [i for i, (gold, found) in enumerate(pairs) if _worth_parsing(gold, found)]
         if open_rows:
-            verdicts = self._started().map(self._check, [pairs[i] for i in open_rows])
+            requests = [{"gold": pairs[i][0], "answer": pairs[i][1]} for i in open_rows]
+            verdicts = self.workers.map(requests, self.timeout_s + PATIENCE_S)
             for row, verdict in zip(open_rows, verdicts, strict=True):
                 rewards[row] = float(verdict == "right")
-                self.timeouts += verdict == "timeout"
+                self.timeouts += verdict in ("timeout", None)
         return rewards
 
     def close(self) -> None:
-        """End the workers. Called at exit; a later call of the reward starts them again."""
-        if self._threads is None:
-            return
-        self._threads.shutdown()
-        self._threads = None
-        while not self._idle.empty():
-            self._idle.get().kill()
-
-    def _started(self) -> ThreadPoolExecutor:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_WORKERS)
-            for _ in range(_WORKERS):
-                self._idle.put(_Worker(self.timeout_s))
-            atexit.register(self.close)
-        return self._threads
-
-    def _check(self, pair: tuple[str, str]) -> str:
-        worker = self._idle.get()
-        try:
-            verdict = worker.check(*pair)
-            if verdict is None:
-                # The process itself died, e.g. by the kernel's out-of-memory killer.
-                worker.kill()
-                worker = _Worker(self.timeout_s)
-                verdict = "timeout"
-            return verdict
-        finally:
-            self._idle.put(worker)
-
-
-class _Worker:
-    """One verify_worker process. `check` is called by one thread at a time."""
-
-    def __init__(self, timeout_s: float):
-        if importlib.util.find_spec("math_verify") is None:
-            raise FastsdError('reward.function = "math" needs: pip install math-verify')
-        self._patience_s = timeout_s + 10.0
-        self._started = False
-        script = str(Path(__file__).with_name("verify_worker.py"))
-        # -P: the script's folder must not be searched for modules, our types.py is not Python's.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", script, str(0.9 * timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdin and self._process.stdout
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-
-    def check(self, gold: str, answer: str) -> str | None:
-        """ "right", "wrong" or "timeout"; None when the process is gone."""
-        if not self._started and self._line(_START_S) != "ready":
-            self.kill()
-            raise FastsdError(
-                "the math-verify worker did not start; its own error message is above"
-            )
-        self._started = True
-        try:
-            self._stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
-            self._stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self._line(self._patience_s)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._stdout.close()
-
-    def _line(self, patience_s: float) -> str | None:
-        ready, _, _ = select.select([self._stdout], [], [], patience_s)
-        return self._stdout.readline().decode().strip() or None if ready else None
+        """End the workers; a later call starts them again."""
+        self.workers.close()
 
 
 def _worth_parsing(gold: str, found: str) -> bool:
@@ -214,7 +146,7 @@ def _worth_parsing(gold: str, found: str) -> bool:
     return len(found) <= MAX_ANSWER_CHARACTERS and len(gold) <= MAX_ANSWER_CHARACTERS
 
 
-def _text(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
     """The text of a completion: a message list (conversational) or a string."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 

@@ -10,18 +10,27 @@ Answers are only parsed as LaTeX (an ANTLR grammar that builds sympy nodes). Two
 Python's `eval` had to be closed: math-verify's `ExprExtractionConfig` calls sympy's `parse_expr`
 and is not used; the LaTeX parser calls `sympy.Number(text)`, which ends in `parse_expr` as well,
 so numbers are converted here. An audit hook in the child then refuses any compilation of text, any
-process, connection or file written, whatever the libraries may do.
+process, connection or file written, whatever the libraries may do; limits bound memory, processor
+time, processes and bytes written. `check` is that child, and other workers use it too
+(fastsd/tasks/gym_worker.py).
+
+This keeps answers from being executed; it is no jail for code that runs. Native code, and Python
+code that gets round an audit hook, could read what this user may read. Put the trainer in a
+container where that matters.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import os
 import resource
 import select
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
@@ -80,30 +89,50 @@ def close_sympys_eval() -> None:
     numbers.sympify = convert
 
 
-def _refuse(event: str, arguments: tuple) -> None:
-    """Audit hook: answers get no code, no processes, no network and no files to write."""
+def refuse_effects(event: str, arguments: tuple) -> None:
+    """Audit hook: answers get no processes, no network and no files to write."""
     writes = event == "open" and arguments[2] & _WRITING
-    # Importing a module compiles under the file's own name; eval and exec under "<string>".
-    text = event == "compile" and str(arguments[1]).startswith("<")
-    if writes or text or event.startswith(_REFUSED):
+    if writes or event.startswith(_REFUSED):
         raise PermissionError(f"{event} is not allowed while an answer is checked")
 
 
-def _child(request: str, pipe: int) -> None:
-    """Check one answer and leave: one byte in the pipe, none if anything at all went wrong."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    sys.addaudithook(_refuse)
-    fields = json.loads(request)
-    os.write(pipe, b"1" if equivalent(fields["gold"], fields["answer"]) else b"0")
+def refuse(event: str, arguments: tuple) -> None:
+    """Audit hook: no effects, and no code made of text."""
+    refuse_effects(event, arguments)
+    # Importing a module compiles under the file's own name; eval and exec under "<string>".
+    if event == "compile" and str(arguments[1]).startswith("<"):
+        raise PermissionError("compiling text is not allowed while an answer is checked")
 
 
-def check(request: str, timeout_s: float) -> str:
-    """Verdict on one request, at most timeout_s plus a fork later: "right", "wrong", "timeout"."""
+def _limit(timeout_s: float) -> None:
+    """Bound what one child can take: memory, processor time, processes, bytes written to a file.
+
+    The time bound only matters where the process that would kill the child is gone.
+    """
+    seconds = math.ceil(timeout_s) + 1
+    limits = {
+        resource.RLIMIT_AS: MEMORY_BYTES,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, most in limits.items():
+        resource.setrlimit(limit, (most, most))
+
+
+def check(judge: Callable[[], bool], timeout_s: float, hook: Callable = refuse) -> str:
+    """What `judge` says, called in a child under the audit hook: "right", "wrong" or "timeout".
+
+    At most timeout_s plus a fork later. A judge that raises, dies or runs out of memory is "wrong".
+    """
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            _child(request, send)
+            _limit(timeout_s)
+            sys.addaudithook(hook)
+            os.write(send, b"1" if judge() else b"0")
         finally:
             # _exit: no clean-up of the parent's buffers, and RecursionError leaves no trace.
             os._exit(0)
@@ -116,6 +145,11 @@ def check(request: str, timeout_s: float) -> str:
     return {b"1": "right", None: "timeout"}.get(verdict, "wrong")
 
 
+def _judge(request: str) -> bool:
+    fields = json.loads(request)
+    return equivalent(fields["gold"], fields["answer"])
+
+
 def main() -> None:
     timeout_s = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -126,7 +160,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     print("ready", flush=True)
     for request in sys.stdin:
-        print(check(request, timeout_s), flush=True)
+        print(check(functools.partial(_judge, request), timeout_s), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TASK = '[model]\nname = "m"\n[data]\ntask = "chain_sum"\n'
 ROWS = 'condition = "reference"\n[model]\nname = "m"\n[data]\ntrain = "a.jsonl"\neval = "b.jsonl"\n'
 
+SERVER = TASK + '[critic]\nkind = "server"\nmodel = "m"\n'
+
 # (TOML, flags, where it must be said to be, dotted key, words of the fix)
 MISTAKES = [
     # Unknown keys.
@@ -89,6 +91,25 @@ MISTAKES = [
     ('resume = "auto"\n' + TASK, [], "c.toml:1", "resume", "set run to the folder"),
     (TASK + '[per_condition.grpo]\nseed = 3\n', [], "c.toml:6", "per_condition.grpo.seed",
      "only sections"),
+    # Critics and engines.
+    (ROWS, ["--condition=critique"], "--condition", "condition", 'critic.kind to "local"'),
+    (TASK.replace("chain_sum", "reasoning_gym"), [], "", "condition", "has no rules"),
+    (TASK + '[critic]\nkind = "local"\n', [], "c.toml:5", "critic.model", "a Hugging Face name"),
+    (TASK + '[critic]\nkind = "server"\nmodel = "m"\n', [], "c.toml:5", "critic.url", "base URL"),
+    (TASK + '[critic]\nkind = "server"\nurl = "http://h/v1"\n', [], "c.toml:5", "critic.model",
+     "serves"),
+    (TASK + '[critic]\nkind = "replay"\n', [], "c.toml:5", "critic.file", "a .jsonl"),
+    (SERVER + 'url = "ftp://h/v1"\n', [], "c.toml:8", "critic.url", "http:// or https://"),
+    (SERVER + 'url = "127.0.0.1:8000/v1"\n', [], "c.toml:8", "critic.url", "http:// or https://"),
+    (SERVER + 'url = "http://"\n', [], "c.toml:8", "critic.url", "name a host"),
+    (SERVER + 'url = "http://[::1/v1"\n', [], "c.toml:8", "critic.url", "not a URL"),
+    (SERVER + 'url = "http://h:port/v1"\n', [], "c.toml:8", "critic.url", "not a URL"),
+    (SERVER + 'url = "http://me:pw@h/v1"\n', [], "c.toml:8", "critic.url", "critic.api_key_env"),
+    (SERVER + 'url = "http://h/v1"\napi_key_env = "sk-12"\n', [], "c.toml:9",
+     "critic.api_key_env", "not a key"),
+    (TASK, ["--rollout.engine", "vllm"], "--rollout.engine", "rollout.engine", "rollout.servers"),
+    (TASK + '[rollout]\nservers = ["localhost:8000"]\n', [], "c.toml:6", "rollout.servers",
+     "http://"),
 ]  # fmt: skip
 
 
@@ -252,3 +273,14 @@ def _value(section, path: tuple):
     for part in path:
         section = getattr(section, part) if section is not None else None
     return section
+
+
+def test_critics_by_kind_serve_rows_and_are_left_alone_where_nobody_asks_them():
+    rows = {"train": "a.jsonl", "eval": "b.jsonl"}
+    server = {"kind": "server", "model": "m", "url": "http://127.0.0.1:8000/v1"}
+    for critic in (server, {"kind": "local", "model": "m"}, {"kind": "replay", "file": "c.jsonl"}):
+        assert Config(condition="critique", data=rows, critic=critic).critic.kind == critic["kind"]
+    Config(condition="grpo", data=rows, critic={"kind": "server", "url": "nonsense"})
+    with pytest.raises(ValueError, match="critic.url") as caught:
+        Config(critic={**server, "url": "http://me:hunter2@h/v1"})
+    assert "hunter2" not in caught.value.errors()[0]["msg"]

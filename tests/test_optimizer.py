@@ -172,6 +172,68 @@ def test_200_nonfinite_gradients_move_nothing(dtype):
     assert optimizer.nonfinite_in_a_row == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_200_nonfinite_losses_move_nothing(dtype):
+    """The gradients are finite, of one micro-batch or of several, and the loss is not."""
+    model = Net(dtype)
+    optimizer = Optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.1))
+    generator = torch.Generator().manual_seed(1)
+
+    def run(bad=None):
+        micro_batches = 1 + int(torch.randint(3, (1,), generator=generator))
+        victim = int(torch.randint(micro_batches, (1,), generator=generator))
+        for index in range(micro_batches):
+            ids = torch.randint(11, (5,), generator=generator)
+            loss = model(ids).float().logsumexp(-1).mean()
+            optimizer.backward(loss if bad is None or index != victim else loss + bad)
+        return optimizer.step()
+
+    for injection in range(200):
+        assert run()["skipped"] == 0.0
+        before = digest(model, optimizer)
+        out = run([math.nan, math.inf, -math.inf][injection % 3])
+        assert out["skipped"] == 1.0 == out["guard/nonfinite"] and math.isfinite(out["grad_norm"])
+        assert digest(model, optimizer) == before
+    assert (optimizer.nonfinite_steps, optimizer.nonfinite_in_a_row) == (200, 1)
+
+
+def test_five_bad_losses_in_a_row_stop_and_leave_the_state_they_found():
+    model = Net()
+    optimizer = Optimizer(model, OptimConfig())
+    for attempt in range(5):
+        before = digest(model, optimizer), optimizer.state_json()
+        optimizer.backward(model(torch.arange(3)).sum() + math.inf)
+        if attempt < 4:
+            optimizer.step()
+    with pytest.raises(TrainingDiverged, match=r"5 non-finite.*update 5.*the loss \(inf\)"):
+        optimizer.step()
+    assert (digest(model, optimizer), optimizer.state_json()) == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_spike_moves_nothing_and_is_no_empty_step(dtype):
+    asked = []
+    model = Net(dtype)
+
+    def is_spike(grad_norm, loss):
+        asked.append((grad_norm, loss))
+        return grad_norm > 100
+
+    optimizer = Optimizer(model, OptimConfig(lr=1e-2), is_spike)
+    for scale, skipped in ((1.0, 0.0), (1000.0, 1.0), (1.0, 0.0)):
+        before = digest(model, optimizer)
+        loss = scale * model(torch.arange(3)).float().logsumexp(-1).mean()
+        optimizer.backward(loss)
+        out = optimizer.step()
+        assert (out["skipped"], out["guard/spike"]) == (skipped, skipped)
+        assert (digest(model, optimizer) == before) == bool(skipped)
+        assert asked[-1] == (out["grad_norm"], loss.item())
+    assert (optimizer.calls, optimizer.empty_steps, optimizer.nonfinite_steps) == (3, 0, 0)
+    optimizer.step()  # without a gradient nobody is asked
+    assert len(asked) == 3 and optimizer.empty_steps == 1
+
+
 def test_five_in_a_row_stop_naming_the_tensor():
     model = Net()
     optimizer = Optimizer(model, OptimConfig())
@@ -195,7 +257,8 @@ def test_without_signal_nothing_moves(kind):
     before = digest(model, optimizer)
     if kind == "zero":
         fill_grads(model, 0, scale=0.0)
-    assert optimizer.step() == {"grad_norm": 0.0, "lr": 0.1, "skipped": 1.0}
+    guards = {"guard/nonfinite": 0.0, "guard/spike": 0.0}
+    assert optimizer.step() == {"grad_norm": 0.0, "lr": 0.1, "skipped": 1.0, **guards}
     assert digest(model, optimizer) == before
     assert (optimizer.empty_steps, optimizer.nonfinite_steps) == (1, 0)
 

@@ -8,9 +8,10 @@ from runs import small_config
 from tiny_models import CHATML_TEMPLATE, build_tiny_llama
 from transformers import AutoTokenizer
 
-from fastsd.config import Config, PromptConfig
+from fastsd.config import Config
 from fastsd.layout import common_prefix
 from fastsd.render import PromptError, PromptRenderer
+from fastsd.sections import PromptConfig
 from fastsd.session import Session
 from fastsd.train import main, update
 from fastsd.types import FastsdError, Prompt
@@ -142,3 +143,12 @@ enable_thinking = true
     assert main([str(config)]) == 2
     assert "shares only its first" in capsys.readouterr().err
     assert not Path(tmp_path / "run").exists()
+
+
+def test_a_task_without_solutions_cannot_run_the_reference_condition(tmp_path):
+    settings = {"dataset": "leg_counting", "seed": 0}
+    config = own_config(
+        tmp_path, ["What is 1?"], data={"task": "reasoning_gym", "task_options": settings}
+    )
+    with pytest.raises(FastsdError, match="has no solution, but condition = .reference. shows it"):
+        Session(config, tmp_path / "run")

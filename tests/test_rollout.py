@@ -59,6 +59,13 @@ def same(policy, found, wanted):
     assert found == wanted
 
 
+def watch_packs(policy, monkeypatch):
+    """What the sampler's prefills put through the network, from now on."""
+    packs, run = [], policy.run
+    monkeypatch.setattr(policy, "run", lambda pack, **kw: packs.append(pack) or run(pack, **kw))
+    return packs
+
+
 @pytest.mark.parametrize("rows", [1, 5, 7, 10, 64])
 def test_same_rollouts_whatever_the_batching(policy, rows):
     """Rows one question at a time, admitted to rows that others left, or all at once."""
@@ -69,16 +76,24 @@ def test_same_rollouts_whatever_the_batching(policy, rows):
 
 def test_prefills_hold_few_enough_tokens(policy, monkeypatch):
     together = sampler(policy).sample(PROMPTS, 2, key=(1, 2))
-    lengths, hidden = [], policy.hidden
     monkeypatch.setattr("fastsd.decoding._PREFILL_TOKENS", 50)
-
-    def watched(trees, **options):
-        lengths.append([len(tree.prefix_ids) for tree in trees])
-        return hidden(trees, **options)
-
-    monkeypatch.setattr(policy, "hidden", watched)
+    packs = watch_packs(policy, monkeypatch)
     same(policy, sampler(policy).sample(PROMPTS, 2, key=(1, 2)), together)
-    assert len(lengths) > 1 and all(sum(x) <= 50 or len(x) == 1 for x in lengths)
+    assert len(packs) > 1 and all(len(p.ids_T) <= 50 or len(p.row_A) == 1 for p in packs)
+
+
+def test_a_shared_instruction_is_prefilled_once(policy, monkeypatch):
+    """Same bits with and without company, and whoever else is in it."""
+    turns = [
+        ({"role": "system", "content": "Judge each step. " * 30}, *p.messages) for p in PROMPTS
+    ]
+    prompts = [Prompt(f"i{i}", messages) for i, messages in enumerate(turns)]
+    packs = watch_packs(policy, monkeypatch)
+    together = sampler(policy).sample([*prompts, *PROMPTS], 2, key=(1, 2))
+    computed = sum(len(pack.ids_T) for pack in packs)
+    alone = [r for p in [*prompts, *PROMPTS] for r in sampler(policy).sample([p], 2, key=(1, 2))]
+    assert 2 * computed < sum(len(pack.ids_T) for pack in packs) - computed
+    same(policy, together, alone)
 
 
 def test_a_draw_is_its_own(policy):
@@ -262,6 +277,13 @@ def test_a_named_draw_never_falls_back(monkeypatch):
         sample_from_logits(logits, uniforms, impl="native")
     with pytest.raises(ValueError, match="expected 'auto', 'native' or 'torch', got 'triton'"):
         sample_from_logits(logits, uniforms, impl="triton")
+
+
+def test_greedy_takes_the_lowest_of_equal_ids():
+    logits = torch.randn(9, 40)
+    logits[:, [31, 7]] = 9.0
+    token, _ = sample_from_logits(logits, torch.rand(9, dtype=torch.float64), top_k=1)
+    assert token.tolist() == [7] * 9
 
 
 def test_top_k_and_top_p_keep_what_they_say():

@@ -148,7 +148,7 @@ def test_worker_refuses_whatever_the_libraries_try(tmp_path):
         if child == 0:
             import sys
 
-            sys.addaudithook(verify_worker._refuse)
+            sys.addaudithook(verify_worker.refuse)
             try:
                 action()
             except PermissionError:
@@ -177,17 +177,17 @@ def test_a_slow_answer_is_killed_and_its_neighbours_are_scored(maths):
     assert time.perf_counter() - start < 3 * maths.timeout_s
 
 
-def test_a_dead_or_wedged_worker_is_replaced():
+def test_a_dead_or_wedged_worker_is_replaced(monkeypatch):
+    monkeypatch.setattr("fastsd.verify.PATIENCE_S", 0.5)
     reward = MathReward(timeout_s=0.5)
     assert score(reward, "42.0", "42") == 1.0
     pids = []
     for _ in range(2):
-        worker = reward._idle.get()
-        assert worker.check("42", "42.0") == "right"  # it has started
+        worker = reward.workers._idle.get()
+        assert worker.ask({"gold": "42", "answer": "42.0"}, 10.0) == "right"  # it has started
         pids.append(worker._process.pid)
         worker._process.send_signal(signal.SIGSTOP if len(pids) == 1 else signal.SIGKILL)
-        worker._patience_s = 1.0
-        reward._idle.put(worker)
+        reward.workers._idle.put(worker)
     assert score_rollouts(reward, [rollout("42.0"), rollout("43.0")]) == [0.0, 0.0]
     assert score_rollouts(reward, [rollout("42.0"), rollout("43.0")]) == [1.0, 0.0]
     reward.close()
@@ -199,10 +199,10 @@ def test_a_dead_or_wedged_worker_is_replaced():
 def test_workers_start_lazily_and_close():
     reward = MathReward(timeout_s=1.0)
     assert score_rollouts(reward, [rollout("Answer: 42"), rollout("")]) == [1.0, 0.0]
-    assert reward._threads is None
+    assert reward.workers._threads is None
     assert score(reward, "42.0", "42") == 1.0
-    worker = reward._idle.get()
-    reward._idle.put(worker)
+    worker = reward.workers._idle.get()
+    reward.workers._idle.put(worker)
     modules = open(f"/proc/{worker._process.pid}/maps").read()
     assert "libtorch" not in modules
     reward.close()
@@ -271,3 +271,38 @@ def test_task_reward():
     good = Rollout(prompt, 0, (), (), prompt.solution, False)
     bad = Rollout(prompt, 1, (), (), "nonsense", False)
     assert score_rollouts(reward, [good, bad]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("judge", "verdict"),
+    [
+        (lambda: True, "right"),
+        (lambda: False, "wrong"),
+        (lambda: 1 / 0, "wrong"),
+        (lambda: bytearray(3 << 30) is not None, "wrong"),
+        (lambda: eval("True"), "wrong"),
+        (lambda: os._exit(3), "wrong"),
+        (lambda: time.sleep(60), "timeout"),
+    ],
+)
+def test_a_judge_is_limited(judge, verdict):
+    from fastsd import verify_worker
+
+    start = time.perf_counter()
+    assert verify_worker.check(judge, 0.3) == verdict
+    assert time.perf_counter() - start < 2
+
+
+def test_limits_that_outlast_the_worker():
+    import resource
+
+    from fastsd import verify_worker
+
+    def judge():
+        limits = {
+            name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in expected
+        }
+        return limits == expected
+
+    expected = {"NPROC": (0, 0), "FSIZE": (0, 0), "CORE": (0, 0), "CPU": (2, 2)}
+    assert verify_worker.check(judge, 0.9) == "right"

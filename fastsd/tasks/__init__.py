@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+from collections.abc import Iterable
 
 from fastsd.types import FastsdError, Task
 
 TASKS = {
     "chain_sum": ("fastsd.tasks.chain_sum", "ChainSum"),
     "word_problems": ("fastsd.tasks.word_problems", "WordProblems"),
+    "reasoning_gym": ("fastsd.tasks.gym", "ReasoningGym"),
 }
 
 
@@ -28,13 +30,13 @@ def load_task(name: str, **options: object) -> Task:
     Raises TaskError for a name or an option that does not exist, or a bad value.
     """
     if name not in TASKS:
-        raise TaskError(f"data.task: no task {name!r}; {_suggest(name, TASKS)}")
+        raise TaskError(f"data.task: no task {name!r}; {did_you_mean(name, TASKS)}")
     module, attribute = TASKS[name]
     constructor = getattr(importlib.import_module(module), attribute)
     known = inspect.signature(constructor).parameters
     for option in options:
         if option not in known:
-            raise TaskError(f"task {name}: no option {option!r}; {_suggest(option, known)}")
+            raise TaskError(f"task {name}: no option {option!r}; {did_you_mean(option, known)}")
     return constructor(**options)
 
 
@@ -45,6 +47,8 @@ def choose(field: str, value: object, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _suggest(word: str, known) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause for an error message: the nearest of the known words, or all of them."""
+    known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(known) or 'none'}"

@@ -142,6 +142,8 @@ def _draw(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _draw_truncated(logits_BV: Tensor, uniform_B: Tensor, top_k: int, top_p: float) -> Tensor:
+    if top_k == 1:  # greedy, without sorting the vocabulary; the lowest of equal ids, as below
+        return logits_BV.argmax(-1, keepdim=True)
     count = min(top_k, logits_BV.shape[-1]) if top_k > 0 else logits_BV.shape[-1]
     # Stable order: equal logits are kept by token id, whatever the device's sort does.
     sorted_BK, order_BK = logits_BV.sort(dim=-1, descending=True, stable=True)

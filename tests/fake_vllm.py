@@ -1,0 +1,130 @@
+"""A small server that answers as vLLM does, from a plain Hugging Face model on real weights.
+
+It samples, returns log-probs in either --logprobs-mode, and reloads weights by folder, so that what
+is tested against it can be wrong. `faults` is asked before each request and may take it over.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Takes (path, body), returns (status, body) to answer with, "drop" to hang up, or None.
+Fault = Callable[[str, dict], object]
+
+# transformers patches torch while it loads: one thread at a time.
+_LOADING = threading.Lock()
+
+
+class FakeVllm:
+    def __init__(self, folder: Path, *, max_model_len: int = 512, processed: bool = False):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.max_model_len, self.processed = max_model_len, processed
+        self.requests: list[tuple[str, dict]] = []
+        self.at_once = self.most_at_once = 0
+        self.faults: Fault = lambda path, body: None
+        self.change: Callable[[dict], object] = lambda reply: reply
+        self._lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def asked(self, path: str) -> list[dict]:
+        return [body for found, body in self.requests if found == path]
+
+    def answer(self, path: str, body: dict) -> object:
+        if path == "/v1/models":
+            return {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
+        if path == "/tokenize":
+            ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+            return {"tokens": ids, "count": len(ids)}
+        if path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            folder = body["kwargs"]["weights_path"]
+            with _LOADING:
+                self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            return {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return {"success": True}
+        assert path == "/v1/completions"
+        with self._lock:
+            return self.change(self._complete(body))
+
+    @torch.no_grad()
+    def _complete(self, body: dict) -> dict:
+        n, prompt = body["n"], body["prompt"]
+        generators = [torch.Generator().manual_seed(body["seed"] + i) for i in range(n)]
+        ids_NT = torch.tensor([prompt] * n)
+        logprobs: list[list[float]] = [[] for _ in range(n)]
+        for _ in range(body["max_tokens"]):
+            logits_NV = self.model(input_ids=ids_NT).logits[:, -1]
+            raw_NV = logits_NV.log_softmax(-1)
+            sampled_NV = (logits_NV / body["temperature"]).log_softmax(-1)
+            drawn = zip(sampled_NV.exp(), generators, strict=True)
+            token_N = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in drawn])
+            shown_NV = sampled_NV if self.processed else raw_NV
+            for row, token in enumerate(token_N.tolist()):
+                logprobs[row].append(float(shown_NV[row, token]))
+            ids_NT = torch.cat([ids_NT, token_N[:, None]], 1)
+        stops = set(body["stop_token_ids"])
+        choices = []
+        for row, ids in enumerate(ids_NT[:, len(prompt) :].tolist()):
+            end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+            choices.append(
+                {
+                    "index": row,
+                    "prompt_token_ids": prompt,
+                    "token_ids": ids[:end],
+                    "logprobs": {"token_logprobs": logprobs[row][:end]},
+                    "finish_reason": "stop" if ids[end - 1] in stops else "length",
+                }
+            )
+        return {"choices": choices[::-1]}
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._serve({})
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("content-length") or 0)
+                self._serve(json.loads(self.rfile.read(length) or b"null"))
+
+            def _serve(self, body: dict) -> None:
+                with fake._lock:
+                    fake.requests.append((self.path, body))
+                    fake.at_once += 1
+                    fake.most_at_once = max(fake.most_at_once, fake.at_once)
+                try:
+                    fault = fake.faults(self.path, body)
+                    if fault == "drop":
+                        self.close_connection = True
+                        return
+                    status, reply = fault or (200, fake.answer(self.path, body))
+                finally:
+                    with fake._lock:
+                        fake.at_once -= 1
+                content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        return Handler
