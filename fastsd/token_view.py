@@ -86,16 +86,22 @@ def by_rollout(views: Iterable[TokenView]) -> list[list[TokenView]]:
 
 
 def choose_rollouts(views: Sequence[TokenView], count: int) -> list[TokenView]:
-    """All views of `count` rollouts: first those whose first wrong step is marked, then the right
-    ones, then the rest; in order within each."""
+    """All views of `count` rollouts: those whose first wrong step is marked, then right ones, then
+    the rest, in order within each. A quarter is kept for right ones where there are so many."""
+    groups: tuple[list, list, list] = ([], [], [])
+    for group in by_rollout(views):
+        groups[_kind(group[0])].append(group)
+    marked, right, rest = groups
+    wrong = marked[: count - min(count // 4, len(right))]
+    chosen = [*wrong, *right[: count - len(wrong)]]
+    return [view for group in [*chosen, *rest[: count - len(chosen)]] for view in group]
 
-    def rank(group: Sequence[TokenView]) -> int:
-        one = group[0]
-        if one.first_error is not None:
-            return 0
-        return 1 if one.reward is not None and one.reward >= 1.0 else 2
 
-    return [view for group in sorted(by_rollout(views), key=rank)[:count] for view in group]
+def _kind(view: TokenView) -> int:
+    """0: its first wrong step is marked. 1: it is right. 2: neither."""
+    if view.first_error is not None:
+        return 0
+    return 1 if view.reward is not None and view.reward >= 1.0 else 2
 
 
 def write_views(path: Path | str, views: Sequence[TokenView]) -> Path:

@@ -106,3 +106,14 @@ def test_marked_wrong_rollouts_are_shown_first_then_right_ones():
     for count, order in ((0, []), (1, [2]), (3, [2, 4, 1]), (9, [2, 4, 1, 0, 3])):
         chosen = choose_rollouts(views, count)
         assert chosen == [view for number in order for view in groups[number]]
+
+
+def test_a_quarter_of_the_places_is_kept_for_right_rollouts():
+    def one(number, **fields):
+        return make_view("critique", prompt_id=f"q{number}", **fields)
+
+    wrong = [one(number) for number in range(10)]
+    right = [one(number, steps=(Step(0, 5, True),), reward=1.0) for number in range(10, 14)]
+    assert choose_rollouts([*right, *wrong], 8) == [*wrong[:6], *right[:2]]
+    assert choose_rollouts([*wrong, *right[:1]], 8) == [*wrong[:7], right[0]]
+    assert choose_rollouts(wrong, 8) == wrong[:8]
