@@ -234,7 +234,7 @@ def _rendered(drawing: Drawing, suffix: str, *, transparent: bool) -> bytes:
             format=suffix,
             dpi=160,
             transparent=transparent,
-            facecolor="white",
+            facecolor="none" if transparent else "white",
             metadata=nothing,
         )
     return sink.getvalue()

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
-
-Curve = tuple[Sequence[float], Sequence[float]]
 
 # Colours that hold on white and on near-black; the line style carries the same information.
 STYLES = {
@@ -41,37 +39,6 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
-def curves(name: str, title: str, lines: Mapping[str, Sequence[Curve]], unit: str = "") -> str:
-    """One panel: per condition a thin line for each seed and a thick one for their mean.
-
-    lines: condition -> one (steps, values) per seed; points without a value are left out by the
-    caller. The mean is drawn over the steps that every seed has.
-    """
-
-    def draw(axes: Any) -> None:
-        for condition, seeds in lines.items():
-            color, dash = STYLES.get(condition, OTHER_STYLE)
-            if len(seeds) > 1:
-                for steps, values in seeds:
-                    axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
-            steps, values = _mean_curve(seeds)
-            marker = "o" if len(steps) < 8 else None
-            axes.plot(steps, values, dash, color=color, linewidth=2, marker=marker, markersize=4)
-            axes.plot([], [], dash, color=color, linewidth=2, label=condition[:LABEL])
-        axes.set_xlabel("update")
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.15, color=INK)
-        axes.legend()
-
-    return _figure(name, title, draw)
-
-
-def _mean_curve(seeds: Sequence[Curve]) -> Curve:
-    by_seed = [dict(zip(steps, values, strict=True)) for steps, values in seeds]
-    shared = sorted(set.intersection(*(set(one) for one in by_seed)))
-    return shared, [sum(one[step] for one in by_seed) / len(by_seed) for step in shared]
-
-
 def bars(name: str, title: str, groups: Mapping[str, Mapping[str, float | None]], unit: str) -> str:
     """One panel of grouped bars: context -> {place: value}; every bar bears its number."""
 
@@ -90,10 +57,10 @@ def bars(name: str, title: str, groups: Mapping[str, Mapping[str, float | None]]
         axes.margins(y=0.12)
         axes.legend()
 
-    return _figure(name, title, draw)
+    return figure(name, title, draw)
 
 
-def _figure(name: str, title: str, draw: Any) -> str:
+def figure(name: str, title: str, draw: Any) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 

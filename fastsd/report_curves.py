@@ -102,7 +102,7 @@ def _curves(
         axes.grid(alpha=0.15, color=plots.INK)
         axes.legend()
 
-    return plots._figure(name, title, draw)
+    return plots.figure(name, title, draw)
 
 
 def _mean_curve(seeds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[list, list]:
@@ -142,7 +142,7 @@ def intervals(average: str, found: Mapping[str, Sequence[float]]) -> str:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
 
-    return plots._figure("intervals", f"{average} and its 95 % interval", draw)
+    return plots.figure("intervals", f"{average} and its 95 % interval", draw)
 
 
 def _set_height(axes: Any, inches: float) -> None:
@@ -204,4 +204,4 @@ def _stacked(timed: Mapping[str, Mapping[str, float]]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.figure.legend(loc="outside lower center", ncols=6, fontsize=8, columnspacing=1.2)
 
-    return plots._figure("phases", "Where an update’s time goes", draw)
+    return plots.figure("phases", "Where an update’s time goes", draw)

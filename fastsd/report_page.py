@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.run_folder import replace_text
+from fastsd.types import FastsdError
 
 if TYPE_CHECKING:
     import jinja2
@@ -27,6 +28,10 @@ _XLINK = "http://www.w3.org/1999/xlink"
 _LONG_NUMBER = re.compile(r"-?[0-9]+\.[0-9]{3,}")
 _COORDINATES = {"d", "x", "y", "points", "transform"}
 _FONT_SIZE = re.compile(r"[\d.]+px")
+
+
+class PageError(FastsdError):
+    """A page that cannot be written where it should be."""
 
 
 def environment() -> jinja2.Environment:
@@ -45,7 +50,10 @@ def environment() -> jinja2.Environment:
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Renders a template that extends page.html.j2 and writes it, whole or not at all."""
+    """Renders a template that extends page.html.j2 and writes it, whole or not at all.
+
+    Raises PageError naming the file where that fails.
+    """
     from markupsafe import Markup
 
     templates = environment()
@@ -56,7 +64,11 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         parts |= {part: text, f"{part}_hash": _hash(text)}
     page = templates.get_template(template).render(**parts, **values)
     # A lone surrogate, which JSON can smuggle in, has no place in UTF-8.
-    replace_text(path, page.encode("utf-8", "replace").decode())
+    text = page.encode("utf-8", "replace").decode()
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        raise PageError(f"cannot write {path}: {error.strerror}; choose another file") from error
     return path
 
 

@@ -45,7 +45,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
-    """Two rollouts of the embedded task; the second one is right and long."""
+    """Two rollouts of the embedded task, each under two contexts; the second one is right."""
     right = [
         replace(view, prompt_id="r", reward=1.0, first_error=None, steps=())
         for view in chain_sum_views("00ff")

@@ -119,6 +119,8 @@ def test_one_page_of_two_runs(tmp_path, monkeypatch, capsys):
     assert page.text.count("The teacher is a frozen copy") == 1
     assert main(["old", "--out", "one.html"]) == 0 and (tmp_path / "one.html").exists()
     assert not (tmp_path / "old" / "report.html").exists()
+    assert main(["old", "--out", "no/such/page.html"]) == 2
+    assert "cannot write no/such/page.html: No such file" in capsys.readouterr().err
 
 
 def test_a_run_with_views_shows_tokens_and_figures(tmp_path):
