@@ -19,6 +19,7 @@ from fastsd.preflight import check_prompts
 from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
 from fastsd.session import Session, refuse_used_folder
+from fastsd.trackers import require_packages
 
 if TYPE_CHECKING:
     from fastsd.advantage import Localisation
@@ -81,6 +82,7 @@ def _prepare(
     invocation: Invocation, run_dir: Path, children: list[Config]
 ) -> tuple[EvalResult, dict[str, Localisation]]:
     """Prints the header, evaluates the base once, measures where the contexts press on it."""
+    require_packages(invocation.config.log)
     session = Session(children[0], run_dir)
     for config in children:  # before the first of them trains
         check_prompts(session, config)

@@ -232,7 +232,8 @@ class EvalConfig(Section):
 class GuardConfig(Section):
     spike_sigma: float = Field(default=6.0, ge=0)
     """Skip an update whose gradient norm or loss lies this many standard deviations above the mean
-    of the last guard.spike_window updates; 0: off."""
+    of the last guard.spike_window updates, in logarithms; 0: off. A loss of either sign is not
+    judged."""
     spike_window: int = Field(default=128, ge=16)
     """Updates that the spike rule looks back on; it is silent until they are there."""
     collapse: Literal["stop", "warn", "off"] = "stop"

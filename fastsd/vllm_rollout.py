@@ -20,24 +20,20 @@ batch: a resumed run continues with the same weights and prompts, not with the s
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters
 from fastsd.sections import RolloutConfig
+from fastsd.sync import remove_others, write_weights
 from fastsd.types import Branch, Prompt, Rollout, StepMetrics, TokenTree
 from fastsd.vllm_server import (
     Draw,
@@ -59,7 +55,7 @@ log = logging.getLogger(__name__)
 # Groups under way at one server; more wait here.
 GROUPS_PER_SERVER = 32
 # Mean |log-prob difference| per token of the probe, in nats. Measured on SmolLM2-135M: 0.02 to 0.05
-# between a bf16 server and a bf16 or fp32 policy; 0.4 where a tenth of the head's spread is stale.
+# between a bf16 server and a bf16 or fp32 policy; 0.4 and more for a head that is off by a tenth.
 PROBE_TOLERANCE = 0.1
 PROBE_TOKENS = 64
 _PROBE_TEXT = "What is 17 + 25? Say it in words: \u00e9, \u6f22\u5b57.\n"
@@ -127,14 +123,15 @@ class VllmSampler(Sampler):
         if version == self.version:
             return
         start, self.version = time.perf_counter(), None
-        weights = self._write_weights(version)
+        try:
+            weights = write_weights(self.policy, self.folder, version)
+        except OSError as error:
+            raise RolloutError(f"{self.folder}: no weights for the servers: {error}") from error
         probes = self._everywhere(lambda client, server: self._reload(client, server, weights))
         if not probes:
             raise self._unavailable("no vLLM server took the new weights")
         gaps = [self._checked_gap(server, *group) for server, [group] in probes]
-        for old in self.folder.iterdir():
-            if old != weights:
-                shutil.rmtree(old)
+        remove_others(weights)
         self.version = version
         seconds = time.perf_counter() - start
         self._metrics = {"rollout/probe_gap": max(gaps), "rollout/sync_s": seconds}
@@ -202,22 +199,6 @@ class VllmSampler(Sampler):
         lost = "; ".join(f"{server.url}{server.lost}" for server in self.servers if server.lost)
         return RolloutUnavailable(f"{what}: {lost}. Start them; --resume auto continues the run")
 
-    def _write_weights(self, version: int) -> Path:
-        """A folder of its own for each version: a server may still read the one before."""
-        place = self.folder / f"weights-{version}"
-        temporary = self.folder / f".{place.name}.{os.getpid()}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.policy.save(temporary)
-            _add_tied_head(self.policy, temporary)
-            shutil.rmtree(place, ignore_errors=True)
-            os.rename(temporary, place)
-        except OSError as error:
-            raise RolloutError(f"{place}: cannot be written for the servers: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return place
-
     def _probe(self) -> Draw:
         c, ids = self.config, tuple(self.renderer.encode_text(_PROBE_TEXT))
         tokens = min(PROBE_TOKENS, c.max_new_tokens)
@@ -264,32 +245,6 @@ def open_sampler(policy, renderer: PromptRenderer, config: RolloutConfig, run_di
     if config.engine == "vllm":
         return VllmSampler(policy, renderer, config, run_dir / "served")
     return Sampler(policy, renderer, config)
-
-
-def _add_tied_head(policy, folder: Path) -> None:
-    """Writes the weights of a head that shares the embedding's once more under the head's name.
-
-    vLLM on a CPU keeps a packed copy of the head, and repacks it only if it is loaded by name.
-    """
-    model = policy.model.get_base_model() if hasattr(policy.model, "peft_config") else policy.model
-    parameters = model.named_parameters(remove_duplicate=False)
-    names = [name for name, parameter in parameters if parameter is policy.head_VD]
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = json.loads(index.read_text(encoding="utf-8"))
-        saved = set(listed["weight_map"])
-    else:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            listed, saved = None, set(file.keys())
-    missing = {
-        name: policy.head_VD.detach().cpu().contiguous() for name in names if name not in saved
-    }
-    if not missing:
-        return
-    save_file(missing, folder / "tied_head.safetensors", metadata={"format": "pt"})
-    if listed:
-        listed["weight_map"] |= dict.fromkeys(missing, "tied_head.safetensors")
-        index.write_text(json.dumps(listed), encoding="utf-8")
 
 
 def _refuse_settings(config: RolloutConfig) -> None:

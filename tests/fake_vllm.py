@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastsd.render import PromptRenderer
+from fastsd.sections import PromptConfig, RolloutConfig
+from fastsd.types import Prompt
+from fastsd.vllm_rollout import VllmSampler
+
+_QUESTIONS = ["What is 3 + 4?", "Tom has 12 apples.", "x", "Now solve it. <|im_end|>"]
+PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": q},)) for i, q in enumerate(_QUESTIONS)]
+LETTERS = list("abcdefghijklmnop")
 
 # Takes (path, body), returns (status, body) to answer with, "drop" to hang up, or None.
 Fault = Callable[[str, dict], object]
@@ -128,3 +137,11 @@ class FakeVllm:
                 self.wfile.write(content)
 
         return Handler
+
+
+def open_tiny(policy, folder: Path, servers: Sequence[FakeVllm], **options) -> VllmSampler:
+    """A sampler for the tiny models here, whose letters end a response: they rarely stop else."""
+    options = {"max_new_tokens": 12, "stop": LETTERS, **options}
+    config = RolloutConfig(engine="vllm", servers=[s.url for s in servers], **options)
+    renderer = PromptRenderer(policy.tokenizer, PromptConfig(max_prompt_tokens=256))
+    return VllmSampler(policy, renderer, config, folder / "served")

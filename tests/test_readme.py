@@ -25,11 +25,16 @@ def test_python_blocks_run(code):
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("text", blocks("toml"))
-def test_toml_blocks_load(text, tmp_path):
-    path = tmp_path / "my.toml"
-    path.write_text(text)
-    assert load_config([str(path)]).config.condition == "reference"
+def test_toml_blocks_load(tmp_path):
+    files = []
+    for text in blocks("toml"):
+        name = re.match(r"# (\w+\.toml)", text)
+        assert name is not None
+        (tmp_path / name[1]).write_text(text)
+        files.append(str(tmp_path / name[1]))
+    assert load_config(files[:1]).config.condition == "reference"
+    both = load_config(files).config
+    assert (both.condition, both.critic.kind) == ("critique", "server")
 
 
 def test_there_is_something_to_check_and_every_named_target_exists():

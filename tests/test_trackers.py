@@ -10,6 +10,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def wandb_records(path):
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        if at + 7 + length > len(content):
+            break  # still being written
         message += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -99,6 +102,14 @@ def read_wandb(run_dir):
     return found
 
 
+def eventually(read, want):
+    """What is read once it is `want`, or after 10 s: wandb's process closes its file by itself."""
+    deadline = time.monotonic() + 10
+    while (found := read()) != want and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])
 def test_what_was_written_is_read_back_and_a_resume_appends(kind, tmp_path, trackio_db):
     pytest.importorskip(kind)
@@ -109,10 +120,10 @@ def test_what_was_written_is_read_back_and_a_resume_appends(kind, tmp_path, trac
         "wandb": lambda: read_wandb(run_dir),
     }[kind]
     write(kind, run_dir, STEPS)
-    assert read() == STEPS
+    assert eventually(read, STEPS) == STEPS
     again = {2: STEPS[2], 3: {"loss": 0.125, "reward/mean": 1.0}}
     write(kind, run_dir, again, done=1)
-    assert read() == STEPS | again
+    assert eventually(read, STEPS | again) == STEPS | again
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])

@@ -10,6 +10,7 @@ or None for a good reply, which is `answer(text)`. What it saw is kept for the t
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import socket
 import struct
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 0.5
 MODEL = "critic"
 WRONG_STEPS = "<step_1> another </step_1>\n<step_2> derivation </step_2>\n<answer> 7 </answer>"
 
@@ -44,6 +45,9 @@ def completion(text, finish_reason="stop") -> bytes:
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+
+
+BOMB = gzip.compress(completion("x" * 10_000_000))
 
 
 class FaultServer:
@@ -221,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault_10_mb(500)
 
     def fault_gzip(self) -> None:
-        self.send(200, b"\x1f\x8b\x08\x00", Content_Encoding="gzip")
+        self.send(200, BOMB, Content_Encoding="gzip")
 
     def fault_invalid_utf8(self) -> None:
         self.send(200, completion("caf?").replace(b"?", b"\xff\xfe"))

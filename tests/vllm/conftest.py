@@ -56,7 +56,8 @@ def model() -> Path:
 @pytest.fixture(scope="session")
 def server(model, tmp_path_factory) -> Iterator[str]:
     """Its base URL, with the published weights at first. Ended with all its processes."""
-    program = Path(os.environ.get("FASTSD_VLLM", REPOSITORY / ".venv-vllm")) / "bin" / "vllm"
+    environment = Path(os.environ.get("FASTSD_VLLM", REPOSITORY / ".venv-vllm")).resolve()
+    program = environment / "bin" / "vllm"
     if not program.exists():
         pytest.fail(f"{program} is not there: run `make test-vllm`, which builds it")
     port = _free_port()
@@ -70,11 +71,11 @@ def server(model, tmp_path_factory) -> Iterator[str]:
         "--no-enable-chunked-prefill",
     ]
     # vLLM uses every core whatever the tests' own limit is.
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | SETTINGS
+    settings = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | SETTINGS
     start = time.monotonic()
     with (place / "log").open("w") as log:
         process = subprocess.Popen(
-            command, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True
+            command, cwd=place, env=settings, stdout=log, stderr=log, start_new_session=True
         )
     try:
         _wait(url, process, place / "log")

@@ -1,0 +1,192 @@
+"""Servers that fail, hang, or answer nonsense, and servers of other models."""
+
+import math
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from fake_vllm import PROMPTS, FakeVllm, open_tiny
+from tiny_models import build_tiny_llama, build_tiny_qwen3
+
+import fastsd.vllm_rollout
+import fastsd.vllm_server
+from fastsd.interrupt import Interrupted, SignalGate
+from fastsd.model import load_policy
+from fastsd.sections import ModelConfig, RolloutConfig
+from fastsd.vllm_rollout import VllmSampler
+from fastsd.vllm_server import RolloutError, RolloutUnavailable
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def policy(folder):
+    return load_policy(ModelConfig(name=str(folder)), "cpu", torch.float32)
+
+
+@pytest.fixture
+def serve(folder):
+    running = []
+
+    def start(**options):
+        running.append(FakeVllm(options.pop("folder", folder), **options))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+def dies_in_the_middle(path, body):
+    return "drop" if path == "/v1/completions" else None
+
+
+@pytest.mark.parametrize(
+    "fault", [dies_in_the_middle, lambda path, body: (503, b"busy"), lambda path, body: (500, {})]
+)
+def test_a_lost_server_costs_no_group_and_comes_back(policy, serve, tmp_path, fault):
+    servers = [serve(), serve()]
+    alone = open_tiny(policy, tmp_path / "alone", [serve()]).sample(PROMPTS, 3, key=(1,))
+    vllm = open_tiny(policy, tmp_path, servers)
+    vllm.update_weights(0)
+    servers[1].faults = fault
+    assert vllm.sample(PROMPTS, 3, key=(1,)) == alone
+    assert vllm.metrics()["rollout/servers"] == 1
+    servers[1].faults = lambda path, body: None
+    before = len(servers[1].requests)
+    vllm.sample(PROMPTS, 3, key=(1,))
+    assert len(servers[1].requests) == before, "it has not been given new weights yet"
+    vllm.update_weights(1)
+    assert vllm.metrics()["rollout/servers"] == 2
+    assert vllm.sample(PROMPTS, 3, key=(1,)) == alone
+
+
+def test_no_server_left_ends_the_run_resumably(policy, serve, tmp_path):
+    servers = [serve(), serve()]
+    vllm = open_tiny(policy, tmp_path, servers)
+    vllm.update_weights(0)
+    for server in servers:
+        server.faults = dies_in_the_middle
+    with pytest.raises(RolloutUnavailable, match="no vLLM server is left") as error:
+        vllm.sample(PROMPTS, 3, key=(1,))
+    assert error.value.exit_code == 3
+    assert all(server.url in str(error.value) for server in servers)
+    assert "--resume auto" in str(error.value)
+
+
+def test_a_server_that_answers_nothing_is_lost_in_time(policy, serve, tmp_path, monkeypatch):
+    server, release = serve(), threading.Event()
+    vllm = open_tiny(policy, tmp_path, [server])
+    vllm.update_weights(0)
+    monkeypatch.setattr(fastsd.vllm_server, "GROUP_S", 0.2)
+    server.faults = lambda path, body: release.wait(10) and "drop"
+    start = time.monotonic()
+    with pytest.raises(RolloutUnavailable, match="no whole reply in"):
+        vllm.sample(PROMPTS[:1], 1, key=(1,))
+    assert time.monotonic() - start < 5
+    release.set()
+
+
+def test_a_signal_ends_the_wait_at_once(policy, serve, tmp_path):
+    server, release, gate = serve(), threading.Event(), SignalGate()
+    vllm = open_tiny(policy, tmp_path, [server])
+    vllm.update_weights(0)
+    server.faults = lambda path, body: release.wait(10) and "drop"
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    start = time.monotonic()
+    with gate, pytest.raises(Interrupted):
+        vllm.sample(PROMPTS, 2, key=(1,))
+    assert time.monotonic() - start < 3
+    release.set()
+
+
+def test_a_prefix_cache_that_is_still_held_is_asked_again(policy, serve, tmp_path):
+    server, answers = serve(), [(200, {"success": False})] * 2
+    server.faults = lambda path, body: path == "/reset_prefix_cache" and answers and answers.pop()
+    open_tiny(policy, tmp_path, [server]).update_weights(0)
+    assert len(server.asked("/reset_prefix_cache")) == 3
+
+
+def first(reply, **changes):
+    reply["choices"][0] |= changes
+    return reply
+
+
+NONSENSE = {
+    "not an object": lambda reply: [],
+    "no choices": lambda reply: {"choices": []},
+    "a choice too few": lambda reply: {"choices": reply["choices"][1:]},
+    "another prompt": lambda reply: {
+        "choices": [{**choice, "prompt_token_ids": [1]} for choice in reply["choices"]]
+    },
+    "ids outside": lambda reply: first(reply, token_ids=[10**6] * 12),
+    "ids as text": lambda reply: first(reply, token_ids=["a"] * 12),
+    "no ids": lambda reply: first(reply, token_ids=[], logprobs={"token_logprobs": []}),
+    "a log-prob short": lambda reply: first(reply, logprobs={"token_logprobs": [-1.0]}),
+    "not a number": lambda reply: first(
+        reply, logprobs={"token_logprobs": [math.nan] * len(reply["choices"][0]["token_ids"])}
+    ),
+    "logits": lambda reply: first(
+        reply, logprobs={"token_logprobs": [3.0] * len(reply["choices"][0]["token_ids"])}
+    ),
+    "another end": lambda reply: first(reply, finish_reason="abort"),
+    "a stop that is none": lambda reply: first(
+        reply, finish_reason="stop", token_ids=[0], logprobs={"token_logprobs": [-1.0]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_an_error_that_names_the_server(policy, serve, tmp_path, name):
+    server = serve()
+    vllm = open_tiny(policy, tmp_path, [server])
+    vllm.update_weights(0)
+    server.change = NONSENSE[name]
+    with pytest.raises(RolloutError, match=r"the reply of http://127.*/v1/completions cannot be"):
+        vllm.sample(PROMPTS[:1], 2, key=(1,))
+
+
+@pytest.mark.parametrize(
+    "path, answer, message",
+    [
+        ("/v1/models", (200, b"\xff\xfe"), "is not JSON"),
+        ("/v1/models", (200, {"data": []}), "lists no model"),
+        ("/v1/models", (401, b"who are \x1b[31myou"), r"HTTP 401: who are  \[31myou"),
+        ("/tokenize", (200, {"tokens": [1, 2]}), "another tokenizer"),
+        ("/collective_rpc", (404, b""), "VLLM_SERVER_DEV_MODE=1"),
+        ("/reset_prefix_cache", (200, {"success": False}), "keeps the old weights"),
+        ("/v1/completions", (400, b"max_tokens"), "HTTP 400: max_tokens"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_told_at_the_start(
+    policy, serve, tmp_path, monkeypatch, path, answer, message
+):
+    server = serve()
+    monkeypatch.setattr(fastsd.vllm_server, "RESET_PAUSES_S", (0.01, 0.01))
+    server.faults = lambda found, body: answer if found == path else None
+    with pytest.raises(RolloutError, match=message) as error:
+        open_tiny(policy, tmp_path, [server]).sample(PROMPTS, 1, key=(1,))
+    assert error.value.exit_code == 2
+
+
+def test_opening_finds_wrong_settings_and_servers(policy, serve, tmp_path):
+    with pytest.raises(RolloutError, match="start it with --max-model-len 268"):
+        open_tiny(policy, tmp_path, [serve(max_model_len=200)])
+    other = serve(folder=build_tiny_qwen3(tmp_path / "other", vocab_size=330))
+    with pytest.raises(RolloutError, match="another tokenizer"):
+        open_tiny(policy, tmp_path, [other])
+    gone = serve()
+    gone.close()
+    with pytest.raises(RolloutUnavailable, match="ConnectError.*Start them"):
+        open_tiny(policy, tmp_path, [serve(), gone])
+    for url in ("localhost:8000", "ftp://x", "http://"):
+        with pytest.raises(RolloutError, match="rollout.servers"):
+            VllmSampler(policy, None, RolloutConfig(engine="vllm", servers=[url]), tmp_path)
+    with pytest.raises(RolloutError, match="rollout.servers: empty"):
+        open_tiny(policy, tmp_path, [])
