@@ -35,7 +35,9 @@ def predicting_states(model, prompt: list[int], responses: list[list[int]]) -> t
         ids_GL[row, : len(whole)], mask_GL[row, : len(whole)] = torch.tensor(whole), 1
     hidden_GLD = hidden_states(model, ids_GL, mask_GL)
     first = len(prompt) - 1
-    return torch.cat([h_LD[first : first + len(r)] for h_LD, r in zip(hidden_GLD, responses)])
+    return torch.cat(
+        [h_LD[first : first + len(r)] for h_LD, r in zip(hidden_GLD, responses, strict=True)]
+    )
 
 
 def main() -> None:

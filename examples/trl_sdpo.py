@@ -25,7 +25,7 @@ class FusedSDPOTrainer(FusedLossHead, SDPOTrainer):
 def right_sum(prompts, completions, answer, **columns) -> list[float]:
     """1 where the completion holds the answer."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(wanted in text) for text, wanted in zip(texts, answer)]
+    return [float(wanted in text) for text, wanted in zip(texts, answer, strict=True)]
 
 
 def rows(count: int) -> Dataset:

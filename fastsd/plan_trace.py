@@ -11,18 +11,11 @@ Attention is not in these counts: it depends on the tree (`plan_counts.py`). Wha
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastsd import attention
-from fastsd.refusals import ModelError, refuse_unsupported
 from fastsd.sections import ModelConfig
 
 # Rows of the trace: a prime that no dimension of a model is a multiple of.

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from tiny_models import build_tiny_llama
 
 from fastsd import config, feedback, sections
 from fastsd.cli import load_config
-from tiny_models import build_tiny_llama
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
