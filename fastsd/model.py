@@ -40,6 +40,9 @@ class Policy:
         self.config = causal_lm.config
         self.decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         self.head = causal_lm.get_output_embeddings()
+        # Where the weights are spread over ranks, the forward is entered through their owner.
+        self.hidden_rows = self._hidden_rows
+        self._dtype: torch.dtype | None = None
         self.pad_id = next(
             i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
         )
@@ -53,15 +56,24 @@ class Policy:
         return self.head.weight
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that the model computes in; its master weights may be kept in another."""
+        return self.head.weight.dtype if self._dtype is None else self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    @property
     def attention_name(self) -> str:
         """The implementation of shared-prefix attention that runs for this model."""
-        dtype = self.head.weight.dtype
-        return implementation_name("auto", self.device, dtype, self._head_dim)
+        return implementation_name("auto", self.device, self.dtype, self._head_dim)
 
     @property
     def linear_name(self) -> str:
         """What multiplies in the linear layers when training."""
-        return "onednn" if takes_onednn(self.head.weight) else "torch"
+        onednn = self.dtype == torch.float32 and takes_onednn(self.head.weight)
+        return "onednn" if onednn else "torch"
 
     @property
     def _head_dim(self) -> int:
@@ -91,7 +103,7 @@ class Policy:
             self._head_dim,
             slots,
             max_new_tokens,
-            self.head.weight.dtype,
+            self.dtype,
             self.device,
         )
 
@@ -142,16 +154,20 @@ class Policy:
         # Hugging Face's layers checkpoint in training mode only.
         self.model.train(self.checkpoints and torch.is_grad_enabled())
         try:
-            hidden_TD = self.decoder(
+            hidden_AD = self.hidden_rows(
+                pack.row_A.to(self.device),
                 input_ids=pack.ids_T[None].to(self.device),
                 position_ids=pack.segments.position_of_T[None].to(self.device),
                 token_tree=tree_attention,
                 use_cache=False,
-            ).last_hidden_state[0]
+            )
         finally:
             self.model.eval()
         self._check_layers(tree_attention)
-        return hidden_TD.index_select(0, pack.row_A.to(self.device))
+        return hidden_AD
+
+    def _hidden_rows(self, row_A: Tensor, **inputs: Any) -> Tensor:
+        return self.decoder(**inputs).last_hidden_state[0].index_select(0, row_A)
 
     def _check_layers(self, tree_attention: attention.TreeAttention) -> None:
         layers, reached = self.config.num_hidden_layers, len(tree_attention.layers)

@@ -138,14 +138,13 @@ def run_facts(session: Session, argv: Sequence[str]) -> dict[str, Any]:
 
 def implementations(session: Session) -> dict[str, str]:
     """Which implementation of each operation this run uses."""
-    from fastsd.packed_layers import packed_layers_name
-
-    policy = session.policy
+    policy, critic = session.policy, session.maker.critic
     return {
         "loss_head": session.loss_head,
         "linear": policy.linear_name,
         "attention": f"{policy.attention_name}, packed token trees",
-        "sampler": f"{packed_layers_name(policy)}, in-process, shared prefixes",
+        "sampler": session.sampler.name,
+        **({} if critic is None else {"critic": critic.name}),
         "device": str(policy.device),
         "dtype": str(policy.head_VD.dtype).removeprefix("torch."),
         "threads": str(_threads()),

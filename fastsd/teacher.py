@@ -11,6 +11,7 @@ Whatever the kind, no gradient ever reaches it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,12 +31,16 @@ class Teacher:
         self._student = student
         copied = config.kind in ("ema", "frozen")
         self.policy = student.copy() if copied else student
-        # The average moves by a fraction of a bf16 step per update: keep it in fp32.
-        self._average = (
-            {name: p.detach().float().clone() for name, p in trainable_parameters(student.model)}
-            if config.kind == "ema"
-            else {}
-        )
+
+    @functools.cached_property
+    def _average(self) -> dict[str, Tensor]:
+        """It moves by a fraction of a bf16 step per update, so it is kept in fp32. Begins as the
+        teacher's own weights, which are the student's first ones until the first update."""
+        if self.config.kind != "ema":
+            return {}
+        parameters = dict(self.policy.model.named_parameters())
+        names = [name for name, _ in trainable_parameters(self._student.model)]
+        return {name: parameters[name].detach().float().clone() for name in names}
 
     @torch.no_grad()
     def hidden(
@@ -75,7 +80,7 @@ class Teacher:
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         parameters = dict(self.policy.model.named_parameters())
         for name, average in self._average.items():
-            average.copy_(tensors[name])
+            average.copy_(like(tensors[name], average))
             parameters[name].copy_(average)
 
     def _adapters_off(self):

@@ -108,6 +108,13 @@ MISTAKES = [
     (SERVER + 'url = "http://h/v1"\napi_key_env = "sk-12"\n', [], "c.toml:9",
      "critic.api_key_env", "not a key"),
     (TASK, ["--rollout.engine", "vllm"], "--rollout.engine", "rollout.engine", "rollout.servers"),
+    (
+        TASK + '[rollout]\nengine = "vllm"\nservers = ["http://a:1"]\ntop_k = 9\n',
+        ["--rollout.temperature", "0.7"],
+        "--rollout.temperature",
+        "rollout.temperature",
+        "use 1, or no top_k and top_p",
+    ),
     (TASK + '[rollout]\nservers = ["localhost:8000"]\n', [], "c.toml:6", "rollout.servers",
      "http://"),
 ]  # fmt: skip

@@ -1,0 +1,168 @@
+"""The processes of one run: what torchrun started, or this process alone.
+
+`torchrun --nproc-per-node 2 -m fastsd.train run.toml` starts the same program twice; RANK and
+WORLD_SIZE in the environment say so, and without them there is no process group at all. What must
+not happen is that one rank waits for another that has failed. So work that a rank does on its own,
+and that may fail, goes through `together` or `lead`: an error on any rank is raised on all. What
+cannot be caught so, a rank that died or hangs, ends the others' next message after
+`parallel.timeout_s` with RankLost. Only objects in memory go from rank to rank, never files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from fastsd.interrupt import Interrupted
+from fastsd.types import FastsdError
+
+T = TypeVar("T")
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class RankLost(FastsdError):
+    """Another rank does not answer: it died, or hangs. Nothing can be saved without it."""
+
+    exit_code = 1
+
+
+class World:
+    """The ranks of a run. Every method but `guarded` is collective: all ranks call it."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout_s: float = 0.0):
+        self.rank, self.size, self.local_rank, self.timeout_s = rank, size, local_rank, timeout_s
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with self.guarded():
+            dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Every rank's `work()`, in the order of ranks. What it raises on one is raised on all: a
+        FastsdError as its own class with the rank's number, a signal as Interrupted."""
+        if self.size == 1:
+            return [work()]
+        value, error = None, None
+        try:
+            value = work()
+        except (Exception, Interrupted) as raised:
+            error = raised
+        answers = self.gather((value, _described(error)))
+        failed = [(rank, told) for rank, (_, told) in enumerate(answers) if told is not None]
+        if failed:
+            # One rank's signal stops the run; what else went wrong at that moment does not matter.
+            rank, told = next((f for f in failed if f[1][0] is Interrupted), failed[0])
+            raise error if error is not None and rank == self.rank else _rebuilt(rank, told)
+        return [value for value, _ in answers]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """What `work()` gives on rank 0; the others do nothing and are given it, or its error."""
+        [value, *_] = self.together(lambda: work() if self.leads else None)
+        return value  # pyright: ignore[reportReturnType]
+
+    @contextlib.contextmanager
+    def guarded(self, where: Callable[[], str] = lambda: "") -> Iterator[None]:
+        """Failures of the communication inside are raised as RankLost; `where` names the phase."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_communication(error):
+                raise
+            raise RankLost(
+                f"rank {self.rank} of {self.size}: another rank did not answer{where()}. It died "
+                "(look for its error above) or hangs: none may be more than parallel.timeout_s = "
+                f"{self.timeout_s:g} s behind. The checkpoints are intact; continue with --resume "
+                f"auto ({str(error).splitlines()[0]})"
+            ) from error
+
+
+ALONE = World()
+_opened: list[World] = []
+
+
+def open_world(timeout_s: float, device: str = "auto") -> World:
+    """This run's ranks, connected the first time. `device`: as in the configuration.
+
+    Raises FastsdError for an environment that is torchrun's only in part, RankLost where the others
+    do not come within timeout_s.
+    """
+    if _opened:
+        return _opened[0]
+    if "WORLD_SIZE" not in os.environ:
+        return ALONE
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in _NAMES)
+    except (KeyError, ValueError) as error:
+        raise FastsdError(
+            f"WORLD_SIZE is set, but {', '.join(_NAMES)} are not all numbers ({error}): start many "
+            "processes with torchrun --nproc-per-node N -m fastsd.train, or unset WORLD_SIZE"
+        ) from error
+    world = World(rank, size, local_rank, timeout_s)
+    if size > 1:
+        _connect(world, device)
+    _opened.append(world)
+    return world
+
+
+def close_world() -> None:
+    """Ends the connections, if there are any."""
+    if _opened and _opened.pop().size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def _connect(world: World, device: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    # Objects travel through gloo; on GPUs the weights and gradients through NCCL.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    with world.guarded(lambda: " when the run began"):
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=world.timeout_s))
+
+
+def _described(error: BaseException | None) -> tuple[type, str, int] | None:
+    """An error as what can be sent: its class, its text, and the signal's number."""
+    if error is None:
+        return None
+    if isinstance(error, Interrupted):
+        return Interrupted, "", error.exit_code - 128
+    if isinstance(error, FastsdError):
+        return type(error), str(error), 0
+    return FastsdError, f"{type(error).__name__}: {error}", 0
+
+
+def _rebuilt(rank: int, told: tuple[type, str, int]) -> BaseException:
+    kind, text, signum = told
+    if kind is Interrupted:
+        return Interrupted(signum)
+    # Not through __init__: a subclass may take other arguments than its text.
+    error = kind.__new__(kind)
+    Exception.__init__(error, f"rank {rank}: {text}")
+    return error
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors; torch's own are DistError."""
+    import torch.distributed as dist
+
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "connection" in text
