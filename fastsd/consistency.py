@@ -214,11 +214,8 @@ def _engine_problems(config: Config) -> list[Problem]:
     if rollout.engine == "vllm" and not rollout.servers:
         hint = '"vllm" needs servers: set rollout.servers, e.g. ["http://127.0.0.1:8000"]'
         return [_problem("rollout.engine", hint)]
-    if (
-        rollout.engine == "vllm"
-        and rollout.temperature != 1
-        and (rollout.top_k or rollout.top_p < 1)
-    ):
+    truncated = rollout.top_k > 0 or rollout.top_p < 1
+    if rollout.engine == "vllm" and rollout.temperature != 1 and truncated:
         hint = "vLLM's log-probs are then of another distribution than the loss compares with"
         return [_problem("rollout.temperature", f"{hint}: use 1, or no top_k and top_p")]
     wrong = [problem for url in rollout.servers if (problem := _url_problem(url))]

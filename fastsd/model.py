@@ -10,7 +10,7 @@ Shapes: T tokens of a pack, A response tokens of all trees in order, B rows bein
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ class Policy:
         self.config = causal_lm.config
         self.decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         self.head = causal_lm.get_output_embeddings()
-        # Where the weights are spread over ranks, the forward is entered through their owner.
-        self.hidden_rows = self._hidden_rows
-        self._dtype: torch.dtype | None = None
+        # Where the weights are spread over ranks: what gathers them around `hidden_rows`, and the
+        # type that they are gathered in.
+        self.gathering: Callable[..., Tensor] | None = None
+        self.gathered_dtype: torch.dtype | None = None
         self.pad_id = next(
             i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
         )
@@ -58,11 +59,7 @@ class Policy:
     @property
     def dtype(self) -> torch.dtype:
         """The type that the model computes in; its master weights may be kept in another."""
-        return self.head.weight.dtype if self._dtype is None else self._dtype
-
-    @dtype.setter
-    def dtype(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        return self.gathered_dtype or self.head.weight.dtype
 
     @property
     def attention_name(self) -> str:
@@ -154,7 +151,7 @@ class Policy:
         # Hugging Face's layers checkpoint in training mode only.
         self.model.train(self.checkpoints and torch.is_grad_enabled())
         try:
-            hidden_AD = self.hidden_rows(
+            hidden_AD = (self.gathering or self.hidden_rows)(
                 pack.row_A.to(self.device),
                 input_ids=pack.ids_T[None].to(self.device),
                 position_ids=pack.segments.position_of_T[None].to(self.device),
@@ -166,7 +163,8 @@ class Policy:
         self._check_layers(tree_attention)
         return hidden_AD
 
-    def _hidden_rows(self, row_A: Tensor, **inputs: Any) -> Tensor:
+    def hidden_rows(self, row_A: Tensor, **inputs: Any) -> Tensor:
+        """The decoder's last hidden states at some rows of its only sequence."""
         return self.decoder(**inputs).last_hidden_state[0].index_select(0, row_A)
 
     def _check_layers(self, tree_attention: attention.TreeAttention) -> None:

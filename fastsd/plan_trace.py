@@ -186,8 +186,6 @@ def _build(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> torch.nn.
     """The model without memory, as `load_policy` makes it: adapters, frozen parts, checkpoints."""
     from transformers import AutoModelForCausalLM
 
-    # The experts' grouped products are the ones that run, and the ones with fixed shapes.
-    hf_config._experts_implementation = "grouped_mm"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsd.model import Policy
+from fastsd.shards import whole
 from fastsd.teacher import Teacher
 from fastsd.types import FastsdError
 from fastsd.world import World
@@ -98,9 +99,9 @@ class Sharded(Replica):
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
         for name, tensor in tensors.items():
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+            full = whole(tensor.detach())
             if self.world.leads:
-                kept[name] = full.detach().cpu()
+                kept[name] = full.cpu()
         return kept
 
     def saver(self) -> Callable[[Path], None]:
@@ -114,21 +115,6 @@ class Sharded(Replica):
 def place_weights(policy: Policy, teacher: Teacher | None, world: World) -> Replica:
     """Spreads the weights over the ranks, where there are more than one. Before the optimizer."""
     return Replica(policy) if world.size == 1 else Sharded(policy, teacher, world)
-
-
-def like(full: Tensor, target: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, as `target` is spread."""
-    if not hasattr(target, "placements"):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = target.device_mesh, target.placements  # pyright: ignore
-    return distribute_tensor(full.to(target.device), mesh, placements, src_data_rank=None)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part that lies on this rank."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
 
 
 def _shard(policy: Policy, world: World) -> None:
@@ -158,7 +144,7 @@ def _shard(policy: Policy, world: World) -> None:
     root.set_reduce_scatter_unused_params(True)
     root.hidden_rows = partial(_differentiable_rows, policy.hidden_rows)
     register_fsdp_forward_method(root, "hidden_rows")
-    policy.hidden_rows, policy.dtype = root.hidden_rows, compute
+    policy.gathering, policy.gathered_dtype = root.hidden_rows, compute
 
 
 def _differentiable_rows(rows: Callable[..., Tensor], *args: Any, **inputs: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastsd.model import Policy, trainable_parameters
 from fastsd.packing import PrefixKeys
 from fastsd.sections import TeacherConfig
+from fastsd.shards import like
 from fastsd.types import TokenTree
 
 

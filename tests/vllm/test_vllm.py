@@ -71,12 +71,16 @@ def served_probe(sampler: VllmSampler):
     return ask(lambda client: server.complete(client, sampler._probe(), vocabulary))[0]
 
 
-def test_server_critic(server, model, place):
-    """The critic is the server with the published weights; rollouts come from this process."""
+@pytest.mark.parametrize("engine", ["inprocess", "vllm"])
+def test_server_critic(server, model, place, engine):
+    """The critic is the server with the published weights; rollouts come from this process, or from
+    the same server, which as a critic then follows the training: enough to test the plumbing."""
+    served = {"engine": "vllm", "servers": [server]} if engine == "vllm" else {}
     config = config_for(
         model,
         place,
         condition="critique",
+        rollout=served,
         loss={"policy_weight": 1.0},
         critic={
             **{"kind": "server", "url": f"{server}/v1", "model": "smol", "min_verbatim": 0.0},
