@@ -23,6 +23,7 @@ from fastsd.sections import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     PromptConfig,
     ReportConfig,
     RewardConfig,
@@ -64,6 +65,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
     filter: FilterConfig = FilterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
     per_condition: dict[str, dict[str, Any]] = {}
     """Overrides by condition, e.g. [per_condition.grpo.optim] lr = 2e-5."""
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastsd.world import World
 
 
 class Interrupted(BaseException):
@@ -20,10 +24,15 @@ class Interrupted(BaseException):
 
 
 class SignalGate:
-    """Installs the handlers for the life of a `with` block."""
+    """Installs the handlers for the life of a `with` block.
 
-    def __init__(self) -> None:
-        self._closed = 0
+    Of many processes none may stop on its own: there the gate is closed but where it is `opened`,
+    and a signal to any rank stops all when they next `agree`.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self._world = world if world is not None and world.size > 1 else None
+        self._closed = 0 if self._world is None else 1
         self._pending: int | None = None
 
     def __enter__(self) -> SignalGate:
@@ -44,6 +53,31 @@ class SignalGate:
             yield
         finally:
             self._closed -= 1
+        self._raise_pending()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Where ranks work on their own: signals are raised at once, the one that waits first."""
+        if self._world is None:
+            yield
+            return
+        self._closed -= 1
+        try:
+            self._raise_pending()
+            yield
+        finally:
+            self._closed += 1
+
+    def agree(self) -> None:
+        """Raises Interrupted on every rank where a signal waits on one: a collective call."""
+        if self._world is None:
+            return
+        signals = [signum for signum in self._world.gather(self._pending) if signum is not None]
+        if signals:
+            self._pending = None
+            raise Interrupted(signals[0])
+
+    def _raise_pending(self) -> None:
         if not self._closed and self._pending is not None:
             signum, self._pending = self._pending, None
             raise Interrupted(signum)

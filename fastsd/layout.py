@@ -14,7 +14,7 @@ prefixes go through the network first and whose branches follow in parts (`defer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fastsd.types import Branch, Rollout, TokenTree
@@ -93,14 +93,16 @@ class MicroBatch:
         return tuple(sample for part in self.parts for sample in part)
 
 
-def micro_batches(samples: Sequence[Sample], token_budget: int) -> list[MicroBatch]:
+def micro_batches(
+    samples: Sequence[Sample], token_budget: int, defers: bool = True
+) -> list[MicroBatch]:
     """Splits samples so that a pass, the student's or the teacher's, has few enough packed tokens.
 
     A pass has at most `token_budget` tokens, except that a prefix and a single branch are never
     split. The teacher's are counted in full, also what a live teacher reads of the student's.
     Groups stay together where they fit, first fit decreasing, each micro-batch in the samples'
     order; those that do not fit come first, then the fullest, so that memory that does not suffice
-    shows at once.
+    shows at once. Without `defers` a group's parts are micro-batches, each with its prefix.
     """
     groups = _groups(samples)
     counts = [_pass_tokens(group) for group in groups]
@@ -110,12 +112,72 @@ def micro_batches(samples: Sequence[Sample], token_budget: int) -> list[MicroBat
     batches = []
     for i in sorted(split, key=lambda i: -max(totals[i])):
         # A part computes the prefix's last token again, for its hidden state.
-        parts = _first_fit(counts[i][1], token_budget, start=PassTokens(1, 1))
-        chosen = (tuple(groups[i][j] for j in part) for part in parts)
-        batches.append(MicroBatch(tuple(chosen), deferred=True))
+        start = PassTokens(1, 1) if defers else counts[i][0]
+        parts = _first_fit(counts[i][1], token_budget, start=start)
+        chosen = tuple(tuple(groups[i][j] for j in part) for part in parts)
+        batches += [MicroBatch(chosen, True)] if defers else [MicroBatch((p,)) for p in chosen]
     for together in _first_fit([totals[i] for i in whole], token_budget, start=PassTokens(0, 0)):
         batches.append(MicroBatch((tuple(s for j in together for s in groups[whole[j]]),)))
     return batches
+
+
+def micro_batches_by_rank(
+    samples: Sequence[Sample], token_budget: int, ranks: int
+) -> list[list[MicroBatch]]:
+    """Each rank's micro-batches, so that the ranks finish together: whole groups, the longest first,
+    each to the rank that has least to do.
+
+    All ranks make the same passes, for they are collective: as many micro-batches, and in the k-th
+    of each a teacher's pass where one rank has it. `_padding` stands where there is nothing to do.
+    """
+    groups = _groups(samples)
+    # Forward and backward, which is twice a forward; the teacher's forward.
+    costs = [3 * total.student + total.teacher for total in map(_group_tokens, groups)]
+    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[i]
+        shares[rank].append(i)
+    by_rank = []
+    for share in shares:
+        chosen = [sample for i in sorted(share) for sample in groups[i]]
+        by_rank.append(micro_batches(chosen, token_budget, defers=False))
+    # Most micro-batches teach or none does; these first, so that little padding is needed.
+    by_rank = [sorted(batches, key=lambda batch: not _teaches(batch)) for batches in by_rank]
+    return _padded(by_rank)
+
+
+def _padded(by_rank: Sequence[Sequence[MicroBatch]]) -> list[list[MicroBatch]]:
+    padded: list[list[MicroBatch]] = [[] for _ in by_rank]
+    for k in range(max(map(len, by_rank))):
+        present = [batches[k] for batches in by_rank if k < len(batches)]
+        like = next((s for b in present for s in b.samples if s.teacher_ids is not None), None)
+        padding = _padding(like or present[0].samples[0])
+        for batches, filled in zip(by_rank, padded, strict=True):
+            batch = batches[k] if k < len(batches) else MicroBatch(((),))
+            if not batch.samples or (like is not None and not _teaches(batch)):
+                batch = MicroBatch(((*batch.samples, padding),))
+            filled.append(batch)
+    return padded
+
+
+def _padding(sample: Sample) -> Sample:
+    """A few tokens of a sample that count for nothing, as a group of their own."""
+    rollout = sample.rollout
+    ids, logprobs = rollout.response_ids[:1], rollout.logprobs[:1]
+    prompt = replace(rollout.prompt, id="padding\0")
+    taught = None if sample.teacher_ids is None else sample.teacher_ids[:2]
+    return Sample(
+        replace(rollout, prompt=prompt, response_ids=ids, logprobs=logprobs),
+        sample.student_ids[:2],
+        taught,
+        advantage=0.0,
+        dropped=True,
+    )
+
+
+def _teaches(batch: MicroBatch) -> bool:
+    return any(sample.teacher_ids is not None for sample in batch.samples)
 
 
 class PassTokens(NamedTuple):
@@ -135,6 +197,11 @@ def _pass_tokens(group: Sequence[Sample]) -> tuple[PassTokens, list[PassTokens]]
         taught = 0 if sample.teacher_ids is None else len(sample.teacher_ids) - shared + fed
         branches.append(PassTokens(fed, taught))
     return PassTokens(len(group[0].student_ids), shared), branches
+
+
+def _group_tokens(group: Sequence[Sample]) -> PassTokens:
+    prefix, branches = _pass_tokens(group)
+    return _total([prefix, *branches])
 
 
 def _total(counts: Sequence[PassTokens]) -> PassTokens:

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastsd.feedback import FeedbackMaker
 from fastsd.layout import Sample
 from fastsd.types import StepMetrics
+from fastsd.world import World
 from fastsd_kernels import fused_linear_loss
 from fastsd_kernels.loss_head import LossHeadOutput
 
@@ -72,7 +73,7 @@ def loss_head(
     target_T = torch.tensor([i for s in samples for i in s.rollout.response_ids], device=device)
     options: dict = dict(policy.head_options(), temperature=config.rollout.temperature)
     if teacher_TD is not None and session.teacher is not None:
-        with_teacher = [float(s.teacher_ids is not None) for s in samples]
+        with_teacher = [float(s.teacher_ids is not None and not s.dropped) for s in samples]
         options |= {
             "teacher_TD": teacher_TD,
             "teacher_head_VD": session.teacher.head_VD,
@@ -84,13 +85,13 @@ def loss_head(
             "entry_clip": config.loss.entry_clip,
         }
     if weights.policy:
-        advantages = [sample.advantage for sample in samples]
+        advantages = [0.0 if sample.dropped else sample.advantage for sample in samples]
         options["policy_weight_T"] = _per_token(advantages, samples, device) * weights.policy
     if weights.policy and config.loss.clip is not None:
         old = [logprob for s in samples for logprob in s.rollout.logprobs]
         options |= {"old_logprob_T": torch.tensor(old, device=device), "clip": config.loss.clip}
     if weights.entropy:
-        ones = [1.0] * len(samples)
+        ones = [float(not sample.dropped) for sample in samples]
         options["entropy_weight_T"] = _per_token(ones, samples, device) * weights.entropy
     return fused_linear_loss(student_TD, policy.head_VD, target_T, impl=config.loss.impl, **options)
 
@@ -116,23 +117,44 @@ class StepStatistics:
 
     def add(self, batch: Sequence[Sample], out: LossHeadOutput) -> None:
         self.loss += float(out.loss.detach())
-        self.tokens += len(out.student_logprob_T)
-        sampled = [logprob for s in batch for logprob in s.rollout.logprobs]
-        logprob_T = out.student_logprob_T.detach().cpu()
+        # Padding, which counts for nothing, stands last.
+        kept = [sample for sample in batch if not sample.dropped]
+        sampled = [logprob for s in kept for logprob in s.rollout.logprobs]
+        rows = slice(len(sampled))
+        self.tokens += len(sampled)
+        logprob_T = out.student_logprob_T[rows].detach().cpu()
         self.logprob_gaps.append((logprob_T - torch.tensor(sampled, dtype=logprob_T.dtype)).abs())
-        self._sum("entropy/mean", out.entropy_T)
+        self._sum("entropy/mean", out.entropy_T[rows])
         if out.policy_clipped_T is not None:
-            self._sum("policy/clipped_share", out.policy_clipped_T)
+            self._sum("policy/clipped_share", out.policy_clipped_T[rows])
         if out.entry_clipped_T is not None:
-            self._sum("divergence/clipped_entries", out.entry_clipped_T)
+            self._sum("divergence/clipped_entries", out.entry_clipped_T[rows])
         if out.divergence_T is None:
             return
-        lengths = [len(sample.rollout.response_ids) for sample in batch]
-        for sample, part in zip(batch, out.divergence_T.split(lengths), strict=True):
+        lengths = [len(sample.rollout.response_ids) for sample in kept]
+        for sample, part in zip(kept, out.divergence_T[rows].split(lengths), strict=True):
             if sample.teacher_ids is not None:
                 self.divergence_of[id(sample)] = float(part.mean())
                 self._sum("divergence/mean", part)
                 self.taught_tokens += len(part)
+
+    def add_ranks(self, world: World) -> None:
+        """Makes these the statistics of all ranks' micro-batches: a collective call."""
+        if world.size == 1:
+            return
+        at = {id(sample): index for index, sample in enumerate(self.samples)}
+        divergence = {at[key]: value for key, value in self.divergence_of.items()}
+        own = self.loss, self.tokens, self.taught_tokens, self.sums, divergence, self.logprob_gaps
+        found = world.gather(own)
+        self.loss = sum(part[0] for part in found)
+        self.tokens = sum(part[1] for part in found)
+        self.taught_tokens = sum(part[2] for part in found)
+        names = dict.fromkeys(name for part in found for name in part[3])
+        self.sums = {name: sum(part[3].get(name, 0.0) for part in found) for name in names}
+        self.divergence_of = {
+            id(self.samples[index]): value for part in found for index, value in part[4].items()
+        }
+        self.logprob_gaps = [gap_T for part in found for gap_T in part[5]]
 
     def divergence(self, sample: Sample) -> float | None:
         """Mean divergence over the sample's tokens; None where it had no teacher."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from fastsd.types import StepMetrics
+from fastsd.world import World
 
 PHASES = ("rollout", "critic", "student", "teacher", "head", "optimizer")
 
@@ -17,7 +18,7 @@ PHASES = ("rollout", "critic", "student", "teacher", "head", "optimizer")
 class PhaseClock:
     """Adds up wall-clock seconds and tokens by phase; `metrics` reads and resets them.
 
-    Tokens are those that were computed. saved: those that full rows would have computed too.
+    current: the phase that began last. Tokens are those that were computed. saved: those that full rows would have computed too.
     """
 
     def __init__(self, device: torch.device):
@@ -26,15 +27,25 @@ class PhaseClock:
         self._tokens: dict[str, int] = dict.fromkeys(PHASES, 0)
         self._saved: dict[str, int] = {}
         self._notes: StepMetrics = {}
+        self.current = ""
 
     @contextlib.contextmanager
     def phase(self, name: str, tokens: int = 0, saved: int | None = None) -> Iterator[None]:
-        start = self._now()
+        start, self.current = self._now(), name
         yield
         self._seconds[name] += self._now() - start
         self._tokens[name] += tokens
         if saved is not None:
             self._saved[name] = self._saved.get(name, 0) + saved
+
+    def add_ranks(self, world: World) -> None:
+        """Makes the tokens those of all ranks: a collective call. The seconds stay this rank's."""
+        if world.size == 1:
+            return
+        found = world.gather((self._tokens, self._saved))
+        self._tokens = {name: sum(tokens[name] for tokens, _ in found) for name in self._tokens}
+        names = dict.fromkeys(name for _, saved in found for name in saved)
+        self._saved = {name: sum(saved.get(name, 0) for _, saved in found) for name in names}
 
     def note(self, metrics: StepMetrics) -> None:
         """Numbers of a phase that the next `metrics` passes on."""

@@ -281,6 +281,12 @@ class FilterConfig(Section):
     """Keep questions that the critic answers right, given the question alone."""
 
 
+class ParallelConfig(Section):
+    timeout_s: float = Field(default=600.0, gt=0)
+    """With many processes (torchrun): how far one may fall behind the others, in rollouts above
+    all, before the run ends."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(default=10, ge=0)
     """Save every N updates; 0: at the end only."""

@@ -1,0 +1,30 @@
+"""Tensors of which every rank of a run holds a part: torch's DTensor, which only such runs import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that lies on this rank; a plain tensor is whole everywhere."""
+    spread: Any = tensor
+    return spread.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, from every rank's part: a collective call."""
+    spread: Any = tensor
+    return spread.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(full: Tensor, target: Tensor) -> Tensor:
+    """A tensor that every rank has whole, spread as `target` is; nothing is sent."""
+    spread: Any = target
+    if not hasattr(target, "placements"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    full = full.to(target.device)
+    return distribute_tensor(full, spread.device_mesh, spread.placements, src_data_rank=None)
