@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastsd.cli import Invocation, dump_toml, for_condition
+from fastsd.critics.rule import RuleCritic
 from fastsd.feedback import conditions_of
 from fastsd.layout import Sample, common_prefix
 from fastsd.phases import peak_memory_mib
 from fastsd.recorder import implementations
 from fastsd.session import Session
 from fastsd.train import update
-from fastsd.types import Prompt, Rollout
+from fastsd.types import Feedback, Prompt, Rollout
 
 PROMPTS_LOOKED_AT = 64
 _MIB = 2**20
@@ -65,9 +66,20 @@ def _longest_sample(session: Session, prompt: Prompt) -> Sample:
     ids = tuple((word * count)[:count])
     logprobs = (-1.0,) * count
     rollout = Rollout(prompt, 0, ids, logprobs, tokenizer.decode(ids), truncated=True, reward=1.0)
-    feedback = session.maker([rollout])
-    [sample] = session.make_samples([rollout], feedback)
+    [sample] = session.make_samples([rollout], [_feedback(session, rollout)])
     return replace(sample, advantage=1.0)
+
+
+def _feedback(session: Session, rollout: Rollout) -> Feedback:
+    """What the teacher is shown for a response that nobody wrote. A model as critic is not asked,
+    and a sibling does not exist: feedback as long as the response stands in, as a critique is."""
+    maker = session.maker
+    if maker.condition.context is None:
+        return Feedback(None)
+    if maker.critic is not None and not isinstance(maker.critic, RuleCritic):
+        return Feedback(rollout.text)
+    [feedback] = maker([rollout])
+    return feedback if feedback.text is not None else Feedback(rollout.text)
 
 
 def _print_prompts(session: Session, sample: Sample) -> None:

@@ -21,13 +21,16 @@ def rows(path: Path, count: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("condition", ["reference", "grpo"])
+@pytest.mark.parametrize("condition", ["reference", "grpo", "critique", "sibling"])
 def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = build_tiny_qwen3(tmp_path / "qwen3")
+    critiques = tmp_path / "critiques.jsonl"
+    critiques.write_text(json.dumps({"question": "q", "response": "r", "critique": "c"}) + "\n")
     code = main(
         [
             *(str(RECIPE), "--dry-run", "--condition", condition, "--model.name", str(model)),
+            *("--critic.kind", "replay", "--critic.file", str(critiques)),
             *("--data.train", rows(tmp_path / "train.jsonl", 40)),
             *("--data.eval", rows(tmp_path / "eval.jsonl", 8)),
         ]
@@ -38,7 +41,7 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
     assert re.search(r"loss_head: (native \(the fastest on cpu|chunked \(native is not)", output)
     assert "attention: native, packed token trees" in output
     assert "response 2048 tokens" in output and "optimizer moments" in output
-    if condition == "reference":
+    if condition != "grpo":
         shared, _, rest = output.partition("student goes on:")
         student, _, teacher = rest.partition("teacher goes on:")
         assert "What is" in shared and "<think>\n\n</think>" in student
@@ -46,4 +49,7 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
             "Here is a worked solution" in teacher
             and "</think>" not in teacher.split("longest row")[0]
         )
-    assert {p.name for p in tmp_path.iterdir()} == {"qwen3", "train.jsonl", "eval.jsonl"}
+    if condition in ("critique", "sibling"):  # feedback as long as the response stands in
+        assert int(re.search(r"with feedback (\d+),", output)[1]) > 2048
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"qwen3", "train.jsonl", "eval.jsonl", "critiques.jsonl"}
