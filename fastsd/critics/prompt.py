@@ -98,6 +98,10 @@ _RAN_OUT = "The attempt ran out of room: it stops before its end."
 _THINK = re.compile("<(/?)think(?:ing)?>", re.IGNORECASE)
 
 
+# What begins the lines around the material in a request.
+MARK = re.compile(r"\[[0-9a-f]{12} (?:begin|end) ")
+
+
 def critic_messages(rollout: Rollout, config: CriticConfig) -> list[dict[str, str]]:
     """The conversation that asks for a critique of one rollout: a system and a user message.
 

@@ -2,6 +2,7 @@
 
     empty            nothing but white space
     special_tokens   text that the solver's tokenizer would read as one of its own marks
+    copied_prompt    lines of our request, between whose marks the material stood
     unparsed         no steps, in the attempt or in the critique, where quoting needs both
     not_verbatim     a right attempt, of which too few steps are repeated before the first change
     wrong_answer     the run's own reward function finds its final answer wrong
@@ -17,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fastsd.critics.prompt import MARK
 from fastsd.render import _special_pattern
 from fastsd.sections import CriticConfig
 from fastsd.steps import TextStep, parse_steps
@@ -60,6 +62,8 @@ def _validate(
         return Critique(None, problem="empty")
     if special is not None and special.search(text):
         return Critique(None, problem="special_tokens")
+    if any(match.group() not in rollout.text for match in MARK.finditer(text)):
+        return Critique(None, problem="copied_prompt")
     if config.quoting == "none":
         return Critique(text)
     attempt, critique = parse_steps(rollout.text).steps, parse_steps(text).steps

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.critics.prompt import critic_messages
 from fastsd.critics.validation import validate_all
 from fastsd.sections import CriticConfig, RewardConfig
 from fastsd.types import Prompt, Rollout
@@ -162,3 +163,12 @@ def test_special_tokens_are_refused_and_never_cleaned(tmp_path_factory):
     for harmless in ("<|im_end", "< |im_end|>", "<step_1>"):
         text = FIXED.replace("6+1=7\n", f"6+1=7 {harmless.replace('<step_1>', '<b>')}\n")
         assert validated(text, tokenizer=tokenizer).text == text
+
+
+def test_a_critique_that_copies_the_lines_of_the_request_is_none():
+    request = critic_messages(rollout_of(), CriticConfig())[-1]["content"]
+    mark = next(line for line in request.splitlines() if "begin" in line)
+    assert validated(f"{mark}\n{FIXED}").problem == "copied_prompt"
+    assert validated(f"{FIXED}\n{mark.replace('begin', 'end')}").problem == "copied_prompt"
+    # An attempt that holds such a line may be repeated.
+    assert validated(f"{mark}\n{FIXED}", rollout_of(f"{mark}\n{ATTEMPT}")).text is not None
