@@ -119,7 +119,7 @@ def read_prompts(
             )
     prompts: list[Prompt] = []
     row_of_id: dict[str, int] = {}
-    for number, row in _rows(path):
+    for number, row in read_rows(path):
         where = f"{path}, row {number}"
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with columns, found {_show(row)}")
@@ -138,7 +138,7 @@ def read_prompts(
     return prompts
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(1-based row, or line of a JSONL file; parsed row). Blank lines are skipped."""
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")

@@ -58,7 +58,7 @@ class PromptRenderer:
         self.config = config
         self.room = math.inf if room is None else room
         self._special_ids = _special_ids(tokenizer)
-        self._special_pattern = _special_pattern(tokenizer)
+        self._special_pattern = special_pattern(tokenizer)
         self._layouts: dict[tuple, list[str]] = {}
 
     def student(self, prompt: Prompt) -> tuple[int, ...]:
@@ -273,6 +273,6 @@ def _special_ids(tokenizer) -> frozenset[int]:
     return frozenset(_special_tokens(tokenizer).values())
 
 
-def _special_pattern(tokenizer) -> re.Pattern | None:
+def special_pattern(tokenizer) -> re.Pattern | None:
     tokens = sorted(_special_tokens(tokenizer), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None

@@ -1,7 +1,8 @@
 """A small server that answers as vLLM does, from a plain Hugging Face model on real weights.
 
-It samples, returns log-probs in either --logprobs-mode, and reloads weights by folder, so that what
-is tested against it can be wrong. `faults` is asked before each request and may take it over.
+It samples, returns log-probs in either --logprobs-mode, reloads weights by folder and is marked
+with their version, so that what is tested against it can be wrong. `faults` is asked before each
+request and may take it over.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _LOADING = threading.Lock()
 
 class FakeVllm:
     def __init__(self, folder: Path, *, max_model_len: int = 512, processed: bool = False):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.folder = folder
+        self.restart()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.max_model_len, self.processed = max_model_len, processed
         self.requests: list[tuple[str, dict]] = []
@@ -49,6 +51,12 @@ class FakeVllm:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def restart(self) -> None:
+        """As a process that was started again: with its first weights."""
+        with _LOADING:
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        self.version = "default"
 
     def asked(self, path: str) -> list[dict]:
         return [body for found, body in self.requests if found == path]
@@ -67,6 +75,11 @@ class FakeVllm:
             return {"results": [None]}
         if path == "/reset_prefix_cache":
             return {"success": True}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+            return {"success": True, "new_version": self.version}
+        if path == "/weight_info":
+            return {"weight_version": self.version}
         assert path == "/v1/completions"
         with self._lock:
             return self.change(self._complete(body))

@@ -117,6 +117,17 @@ MISTAKES = [
     ),
     (TASK + '[rollout]\nservers = ["localhost:8000"]\n', [], "c.toml:6", "rollout.servers",
      "http://"),
+    (TASK + '[rollout]\nservers = ["http://h:1", "http://h:1/v1"]\n', [], "c.toml:6",
+     "rollout.servers", "named twice"),
+    (TASK + "[rollout]\nmax_staleness = 2\n", [], "c.toml:6", "rollout.max_staleness",
+     'rollout.engine = "vllm"'),
+    (
+        TASK + '[rollout]\nengine = "vllm"\nservers = ["http://a:1"]\nmax_staleness = 1\n',
+        ["--condition=grpo", "--loss.clip=none"],
+        "c.toml:8",
+        "rollout.max_staleness",
+        "without loss.clip",
+    ),
 ]  # fmt: skip
 
 

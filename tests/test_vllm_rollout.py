@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from fake_vllm import LETTERS, PROMPTS, FakeVllm, open_tiny
 from safetensors.torch import load_file
 from tiny_models import build_tiny_llama
 
-import fastsd.vllm_rollout
-import fastsd.vllm_server
+import fastsd.loss
 from fastsd.config import Config
 from fastsd.model import load_policy
 from fastsd.recorder import Recorder
@@ -20,7 +18,7 @@ from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler
 from fastsd.run_folder import read_metrics
 from fastsd.sections import LoraConfig, ModelConfig, PromptConfig, RolloutConfig
-from fastsd.sync import write_weights
+from fastsd.sync import names_of_head, write_weights
 from fastsd.train import train
 from fastsd.types import Branch, TokenTree
 from fastsd.vllm_rollout import open_sampler
@@ -155,8 +153,7 @@ def test_a_tied_head_is_written_under_its_own_name_too(folder, tmp_path, lora, s
         model = model.merge_and_unload() if lora else model
         model.save_pretrained(place, max_shard_size=shard)
 
-    policy.save = save
-    place = write_weights(policy, tmp_path, 4)
+    place = write_weights(save, names_of_head(policy), tmp_path, 4)
     files = list(place.glob("*.safetensors"))
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
@@ -186,16 +183,18 @@ def test_log_probs_of_another_kind_are_refused(policy, serve, tmp_path):
         open_tiny(policy, tmp_path, [serve()], temperature=0.5, top_k=5)
 
 
-def test_groups_go_round_the_servers_up_to_a_limit(policy, serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastsd.vllm_rollout, "GROUPS_PER_SERVER", 2)
-    servers = [serve(), serve()]
-    vllm = open_tiny(policy, tmp_path, servers, max_new_tokens=2)
-    vllm.update_weights(0)
-    for server in servers:
-        server.faults = lambda path, body: time.sleep(0.05)
-    vllm.sample(PROMPTS * 4, 2, key=(1,))
-    assert [len(server.asked("/v1/completions")) - 1 for server in servers] == [8, 8]
-    assert [server.most_at_once for server in servers] == [2, 2]
+def test_weights_may_be_older_by_so_many_updates(policy, serve, tmp_path):
+    server = serve()
+    vllm = open_tiny(policy, tmp_path, [server])
+    behind, given = [], []
+    for version in (0, 1, 2, 3, 4, 7):
+        vllm.update_weights(version, staleness=2)
+        behind.append(vllm.metrics()["rollout/staleness"])
+        given.append(len(server.asked("/collective_rpc")))
+    assert (behind, given) == ([0, 1, 2, 0, 1, 0], [1, 1, 1, 2, 2, 3])
+    vllm.update_weights(8)
+    assert len(server.asked("/collective_rpc")) == 4, "an evaluation gets the present ones"
+    assert vllm.metrics()["rollout/staleness"] == 0
 
 
 def test_the_engine_is_chosen_by_its_name(policy, tmp_path):
@@ -251,3 +250,43 @@ def test_a_run_serves_each_updates_weights_and_goes_on_after_its_server_died(
     for one, versions in ((server, ["0", "1", "2"]), (other, ["2", "3"])):
         paths = [body["kwargs"]["weights_path"] for body in one.asked("/collective_rpc")]
         assert [path.rpartition("-")[2] for path in paths] == versions
+
+
+def test_stale_responses_are_weighed_by_what_they_were_sampled_with(
+    folder, serve, tmp_path, monkeypatch
+):
+    """max_staleness = 1: weights 0, 2 and the last for the evaluation; a ratio to old log-probs."""
+    server, shift = serve(), -0.01
+
+    def change(reply):
+        for choice in reply["choices"]:
+            logprobs = choice["logprobs"]
+            logprobs["token_logprobs"] = [v + shift for v in logprobs["token_logprobs"]]
+        return reply
+
+    seen, head = [], fastsd.loss.fused_linear_loss
+
+    def spy(*args, **options):
+        out = head(*args, **options)
+        seen.append((options["old_logprob_T"].cpu(), out.student_logprob_T.detach().cpu()))
+        return out
+
+    monkeypatch.setattr(fastsd.loss, "fused_linear_loss", spy)
+    server.change = change
+    config = run_config(folder, server, tmp_path)
+    rollout = config.rollout.model_copy(update={"max_staleness": 1})
+    evaluation = config.eval.model_copy(update={"temperature": 0.5})
+    config = config.model_copy(update={"rollout": rollout, "eval": evaluation})
+    train(config, tmp_path / "run", Recorder("run"))
+    lines = read_metrics(tmp_path / "run")
+    assert [line["rollout/staleness"] for line in lines] == [0, 1, 0]
+    paths = [body["kwargs"]["weights_path"] for body in server.asked("/collective_rpc")]
+    assert [path.rpartition("-")[2] for path in paths] == ["0", "2", "3"]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    gaps = [line["rollout/logprob_gap_mean"] for line in lines]
+    assert gaps[0] == pytest.approx(-shift, abs=1e-3) == gaps[2] and gaps[1] > 0.015
+    for line, (old_T, new_T) in zip(lines, seen, strict=True):
+        assert bool(old_T.isfinite().all())
+        assert line["rollout/logprob_gap_mean"] == pytest.approx(
+            float((new_T - old_T).abs().mean())
+        )

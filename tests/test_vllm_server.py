@@ -80,11 +80,10 @@ def test_no_server_left_ends_the_run_resumably(policy, serve, tmp_path):
     assert "--resume auto" in str(error.value)
 
 
-def test_a_server_that_answers_nothing_is_lost_in_time(policy, serve, tmp_path, monkeypatch):
+def test_a_server_that_answers_nothing_is_lost_in_time(policy, serve, tmp_path):
     server, release = serve(), threading.Event()
-    vllm = open_tiny(policy, tmp_path, [server])
+    vllm = open_tiny(policy, tmp_path, [server], timeout_s=0.5)
     vllm.update_weights(0)
-    monkeypatch.setattr(fastsd.vllm_server, "GROUP_S", 0.2)
     server.faults = lambda path, body: release.wait(10) and "drop"
     start = time.monotonic()
     with pytest.raises(RolloutUnavailable, match="no whole reply in"):
@@ -156,10 +155,18 @@ def test_nonsense_is_an_error_that_names_the_server(policy, serve, tmp_path, nam
     "path, answer, message",
     [
         ("/v1/models", (200, b"\xff\xfe"), "is not JSON"),
+        ("/v1/models", (200, b"<!doctype html><p>It works"), "<p>It works is not JSON"),
+        ("/v1/models", (404, b"<h1>Not Found"), "HTTP 404: <h1>Not Found"),
         ("/v1/models", (200, {"data": []}), "lists no model"),
+        ("/v1/models", (200, ["nonsense"]), "lists no model"),
+        ("/v1/models", (200, {"data": [{"id": "gpt"}]}), "max_model_len, as vLLM's does"),
         ("/v1/models", (401, b"who are \x1b[31myou"), r"HTTP 401: who are  \[31myou"),
         ("/tokenize", (200, {"tokens": [1, 2]}), "another tokenizer"),
+        ("/tokenize", (200, "nonsense"), "another tokenizer"),
         ("/collective_rpc", (404, b""), "VLLM_SERVER_DEV_MODE=1"),
+        ("/update_weight_version", (404, b""), "vLLM 0.32 or newer"),
+        ("/weight_info", (404, b""), "vLLM 0.32 or newer"),
+        ("/weight_info", (200, {"version": 3}), "names no weight_version"),
         ("/reset_prefix_cache", (200, {"success": False}), "keeps the old weights"),
         ("/v1/completions", (400, b"max_tokens"), "HTTP 400: max_tokens"),
     ],

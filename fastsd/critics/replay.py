@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.critics.text import Reply, judged
-from fastsd.data import DataError, _rows
+from fastsd.data import DataError, read_rows
 from fastsd.sections import CriticConfig
 from fastsd.types import Critique, Rollout
 from fastsd.verify import Reward
@@ -61,7 +61,7 @@ def read_critiques(name: str) -> dict[tuple[str, str], str]:
 def _read(file: Path) -> Iterator[tuple[str, str, str]]:
     chats = file.suffix == ".parquet"
     names = ("prompt", "completion") if chats else ("question", "response")
-    for number, row in _rows(file):
+    for number, row in read_rows(file):
         where = f"{file}, row {number}"
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with columns")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastsd.critics.prompt import MARK
-from fastsd.render import _special_pattern
+from fastsd.render import special_pattern
 from fastsd.sections import CriticConfig
 from fastsd.steps import TextStep, parse_steps
 from fastsd.types import Critique, Rollout
@@ -36,7 +36,7 @@ def validate_all(
     """A critique for each text, written for the rollout beside it: `text` is None where there is a
     `problem`. All answers are scored in one call, those of prompts with an answer only; one that
     has no score (None) is not wrong. Without reward or tokenizer, their checks are left out."""
-    special = None if tokenizer is None else _special_pattern(tokenizer)
+    special = None if tokenizer is None else special_pattern(tokenizer)
     critiques = [
         _validate(text, rollout, config, special)
         for text, rollout in zip(texts, rollouts, strict=True)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 
+import httpx
 import pytest
 import torch
 
@@ -17,8 +18,9 @@ from fastsd.run_folder import read_metrics
 from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.train import train
 from fastsd.types import Prompt
+from fastsd.vllm_fleet import ask
 from fastsd.vllm_rollout import PROBE_TOLERANCE, VllmSampler
-from fastsd.vllm_server import RolloutError, ask
+from fastsd.vllm_server import RolloutError
 
 pytestmark = [pytest.mark.vllm]
 
@@ -30,7 +32,7 @@ ROWS = [
     }
     for a, b in ((3, 4), (12, 7), (20, 5), (6, 9), (31, 8), (2, 2))
 ]
-UPDATES = 2
+UPDATES = 3
 
 
 def config_for(model, place, **sections) -> Config:
@@ -67,27 +69,19 @@ def sampler_at(server, model, folder, **options) -> VllmSampler:
 
 def served_probe(sampler: VllmSampler):
     """(ids, logprobs) that the server gives for the sampler's probe, whatever weights it holds."""
-    [server], vocabulary = sampler.servers, len(sampler.policy.head_VD)
+    [server], vocabulary = sampler.fleet.servers, len(sampler.policy.head_VD)
     return ask(lambda client: server.complete(client, sampler._probe(), vocabulary))[0]
 
 
-@pytest.mark.parametrize("engine", ["inprocess", "vllm"])
-def test_server_critic(server, model, place, engine):
-    """The critic is the server with the published weights; rollouts come from this process, or from
-    the same server, which as a critic then follows the training: enough to test the plumbing."""
-    served = {"engine": "vllm", "servers": [server]} if engine == "vllm" else {}
-    config = config_for(
-        model,
-        place,
-        condition="critique",
-        rollout=served,
-        loss={"policy_weight": 1.0},
-        critic={
-            **{"kind": "server", "url": f"{server}/v1", "model": "smol", "min_verbatim": 0.0},
-            **{"max_tokens": 96, "on_invalid": "reward_only", "timeout_s": 120.0},
-        },
-    )
-    metrics = run_training(config, place / "run")
+def critic_at(server) -> dict:
+    return {
+        **{"kind": "server", "url": f"{server}/v1", "model": "smol", "min_verbatim": 0.0},
+        **{"max_tokens": 96, "on_invalid": "reward_only", "timeout_s": 120.0},
+    }
+
+
+def check_critiques(config, run_dir, metrics) -> None:
+    """Every request was answered; what the replies were not good for is counted."""
     groups = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     for line in metrics:
         problems = {n.rsplit("/", 1)[1]: v for n, v in line.items() if "feedback/problem/" in n}
@@ -95,37 +89,52 @@ def test_server_critic(server, model, place, engine):
         in_transit = {"timeout", "connection", "server_error", "client_error", "bad_reply"}
         assert not in_transit & set(problems)
         assert sum(problems.values()) == round(groups * line["feedback/missing_share"])
-    assert list((place / "run" / "critiques").rglob("*")), "replies are kept"
+    assert list((run_dir / "critiques").rglob("*")), "replies are kept"
 
 
-def test_server_rollouts_follow_the_weights(server, model, place):
-    """Two updates on served rollouts: the trainer agrees with what was served before and after."""
+def test_server_critic(server, model, place):
+    """The critic is the server with the published weights; rollouts come from this process."""
+    loss, critic = {"policy_weight": 1.0}, critic_at(server)
+    config = config_for(model, place, condition="critique", loss=loss, critic=critic)
+    check_critiques(config, place / "run", run_training(config, place / "run"))
+
+
+def test_rollouts_and_critic_of_one_server_follow_the_weights(server, model, place):
+    """Three updates: the trainer agrees with what is served before each, and after them the server,
+    which as a critic follows the training too, enough to test the plumbing, says something else."""
     before = sampler_at(server, model, place / "base", temperature=1.1)
     before.update_weights(0)
     base_ids, base_logprobs = served_probe(before)
     assert served_probe(before) == (base_ids, base_logprobs), "the same weights, the same reply"
 
-    engine = {"engine": "vllm", "servers": [server], "temperature": 1.1}
-    config = config_for(model, place, condition="grpo", rollout=engine)
+    config = config_for(
+        model,
+        place,
+        condition="critique",
+        rollout={"engine": "vllm", "servers": [server], "temperature": 1.1},
+        loss={"policy_weight": 1.0},
+        critic=critic_at(server),
+    )
     metrics = run_training(config, place / "run")
+    check_critiques(config, place / "run", metrics)
     for line in metrics:
         gaps = [line[f"rollout/{n}"] for n in ("probe_gap", "logprob_gap_mean", "logprob_gap_p99")]
         print(f"log-prob gaps: probe {gaps[0]:.4f}, mean {gaps[1]:.4f}, p99 {gaps[2]:.4f}")
         assert gaps[0] <= PROBE_TOLERANCE and gaps[1] <= PROBE_TOLERANCE and gaps[2] <= 0.5
-        assert line["rollout/servers"] == 1
+        assert line["rollout/servers"] == 1 and line["rollout/staleness"] == 0
+        assert line["rollout/retried_groups"] == 0
         print(f"tokens/s {line['tokens_per_s/rollout']:.0f}, sync {line['rollout/sync_s']:.1f} s")
+    mark = httpx.get(f"{server}/weight_info", trust_env=False).json()["weight_version"]
+    assert mark.startswith(f"fastsd-{UPDATES}-"), "the last evaluation left the trained weights"
 
     trained = place / "run" / f"checkpoint-{UPDATES}"
     after = sampler_at(server, trained, place / "trained", temperature=1.1)
     served_ids, served_logprobs = served_probe(after)
     assert (served_ids, served_logprobs) != (base_ids, base_logprobs)
-    # The last evaluation has left the trained weights there.
     gap = after._gap(served_ids, served_logprobs, 1.1)
     stale = before._gap(served_ids, served_logprobs, 1.1)
     print(f"the server's gap to the trained weights {gap:.4f}, to the base {stale:.4f}")
-    assert gap <= PROBE_TOLERANCE and stale > 2 * gap, (
-        "the last evaluation left the trained weights there"
-    )
+    assert gap <= PROBE_TOLERANCE and stale > 2 * gap
 
 
 def test_served_responses_are_the_policys_own(server, model, place):
