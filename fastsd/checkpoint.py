@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastsd.sharded_checkpoint import SavedTensors
 from fastsd.types import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class LoadedCheckpoint:
 
     path: Path
     step: int
-    tensors: dict[str, Tensor]
+    tensors: SavedTensors
     state: dict[str, Any]
 
 
@@ -59,13 +60,14 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     save_model: Callable[[Path], None],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Path,
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
     """Write run_dir/checkpoint-STEP and delete all but the `keep` newest up to it.
 
-    `save_model(folder)` writes the Hugging Face files. `tensors` keep their dtype. `state` holds
+    `save_model(folder)` writes the Hugging Face files. `tensors` keep their dtype; a path is their
+    safetensors file, in run_dir already, and is moved into the checkpoint. `state` holds
     None, bool, int, finite float, str, lists and dicts with str keys, which JSON gives back
     exactly; tuples come back as lists.
     If the step is on disk already with the same tensors, that one is kept and returned: it differs
@@ -112,7 +114,7 @@ def load_latest(run_dir: Path) -> LoadedCheckpoint | None:
             log.warning("%s; trying the checkpoint before it", reason)
             continue
         state = json.loads((path / STATE).read_bytes())
-        return LoadedCheckpoint(path, step, load_file(path / TENSORS), state)
+        return LoadedCheckpoint(path, step, SavedTensors(path / TENSORS), state)
     if found:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {run_dir} is valid; restore one from a "
@@ -147,12 +149,15 @@ def _write(
     temporary: Path,
     step: int,
     save_model: Callable[[Path], None],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Path,
     state: Mapping[str, Any],
 ) -> None:
     (temporary / "trainer").mkdir(parents=True)
     save_model(temporary)
-    save_file(_separate(tensors), temporary / TENSORS)
+    if isinstance(tensors, Path):
+        os.rename(tensors, temporary / TENSORS)
+    else:
+        save_file(_separate(tensors), temporary / TENSORS)
     (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
     files = _files(temporary)
     for name in files:

@@ -219,7 +219,22 @@ def _engine_problems(config: Config) -> list[Problem]:
         hint = "vLLM's log-probs are then of another distribution than the loss compares with"
         return [_problem("rollout.temperature", f"{hint}: use 1, or no top_k and top_p")]
     wrong = [problem for url in rollout.servers if (problem := _url_problem(url))]
-    return [_problem("rollout.servers", problem) for problem in wrong]
+    if len({url.rstrip("/").removesuffix("/v1") for url in rollout.servers}) < len(rollout.servers):
+        wrong.append("a server is named twice: name each once")
+    problems = [_problem("rollout.servers", problem) for problem in wrong]
+    if rollout.max_staleness and (why := _staleness_problem(config)):
+        problems.append(_problem("rollout.max_staleness", why))
+    return problems
+
+
+def _staleness_problem(config: Config) -> str | None:
+    """Why this run cannot use responses from older weights."""
+    if config.rollout.engine != "vllm":
+        return 'only servers can hold older weights: set rollout.engine = "vllm", or leave it 0'
+    maker = FeedbackMaker(CONDITIONS[config.condition], None, config)
+    if maker.policy_weight > 0 and config.loss.clip is None:
+        return "without loss.clip responses of older weights are not reweighed: set it, or leave 0"
+    return None
 
 
 def _prompt_problems(config: Config) -> list[Problem]:

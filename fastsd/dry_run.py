@@ -18,6 +18,7 @@ from fastsd.layout import Sample, common_prefix
 from fastsd.phases import peak_memory_mib
 from fastsd.recorder import implementations
 from fastsd.session import Session
+from fastsd.shards import local
 from fastsd.train import update
 from fastsd.types import Feedback, Prompt, Rollout
 
@@ -95,10 +96,10 @@ def _print_prompts(session: Session, sample: Sample) -> None:
 
 
 def memory_estimate(session: Session) -> dict[str, float]:
-    """MiB that stay allocated through training, counted from the parameters."""
+    """MiB that stay allocated through training on this rank, counted from the parameters."""
 
     def mebibytes(tensors) -> float:
-        return sum(t.numel() * t.element_size() for t in tensors) / _MIB
+        return sum(local(t).nbytes for t in tensors) / _MIB
 
     trainable = list(session.optimizer.parameters.values())
     masters = list(session.optimizer.masters.values())

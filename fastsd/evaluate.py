@@ -154,7 +154,19 @@ def evaluate(
     config: EvalConfig,
     answer_of: Callable[[str], str | None],
 ) -> EvalResult:
-    """Sample `config.samples` responses to each prompt and score them.
+    """`scored_samples`, tabulated."""
+    scored = scored_samples(sampler, reward_fn, prompts, config, answer_of)
+    return tabulate(*zip(*scored, strict=True), samples=config.samples)
+
+
+def scored_samples(
+    sampler: Any,
+    reward_fn: Callable[..., list[float | None]],
+    prompts: list[Prompt],
+    config: EvalConfig,
+    answer_of: Callable[[str], str | None],
+) -> list[tuple[Rollout, float | None, str | None]]:
+    """Sample `config.samples` responses to each prompt and score them: with reward and answer.
 
     answer_of maps a response's text to the answer that votes in maj@k. The sampling key is
     `config.seed` alone, so every condition and checkpoint meets the same random numbers.
@@ -165,7 +177,7 @@ def evaluate(
         prompts, config.samples, key=(config.seed,), temperature=config.temperature
     )
     rewards = score_rollouts(reward_fn, rollouts)
-    return tabulate(rollouts, rewards, [answer_of(r.text) for r in rollouts], config.samples)
+    return list(zip(rollouts, rewards, (answer_of(r.text) for r in rollouts), strict=True))
 
 
 def checkpoint_config(checkpoint: str, words: Sequence[str]) -> Config:

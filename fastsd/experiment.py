@@ -20,6 +20,8 @@ from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
 from fastsd.session import Session, refuse_used_folder
 from fastsd.trackers import require_packages
+from fastsd.types import FastsdError
+from fastsd.world import open_world
 
 if TYPE_CHECKING:
     from fastsd.advantage import Localisation
@@ -32,7 +34,8 @@ def run_experiment(invocation: Invocation) -> None:
     from fastsd.report import write_report
 
     config, start = invocation.config, time.perf_counter()
-    run_dir = _run_dir(config)
+    world = open_world(config.parallel.timeout_s, config.device)
+    run_dir = world.lead(lambda: _run_dir(config))
     conditions = conditions_of(config)
     children = [
         (name, seed, for_condition(config, name).model_copy(update={"seed": seed, "seeds": 1}))
@@ -41,14 +44,31 @@ def run_experiment(invocation: Invocation) -> None:
     ]
     base, where = _prepare(invocation, run_dir, [child for _, _, child in children])
     results: dict[str, list[EvalResult]] = {name: [] for name in conditions}
-    for name, seed, child in children:
-        results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base))
+    try:
+        for name, seed, child in children:
+            results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base))
+    except FastsdError:
+        if world.leads:
+            _report_early_end(run_dir)
+        raise
+    if not world.leads:
+        return
     seconds = time.perf_counter() - start
     summary = _summarise(config, run_dir, results, base, where, seconds)
     write_report(run_dir)
     _print_summary(summary)
     print(f"report: {run_dir / 'report.html'}")
     print(json.dumps(last_line(summary, run_dir)), flush=True)
+
+
+def _report_early_end(run_dir: Path) -> None:
+    """The page of a run that ends before its time: what led there stands on it."""
+    from fastsd.report import write_report
+
+    try:
+        print(f"report: {write_report(run_dir)}", flush=True)
+    except FastsdError as error:  # the run's own error is the one to raise
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def last_line(summary: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -86,16 +106,32 @@ def _prepare(
     session = Session(children[0], run_dir)
     for config in children:  # before the first of them trains
         check_prompts(session, config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / "config.resolved.toml", dump_toml(invocation.config))
+    lead = session.world.lead
+    lead(lambda: _begin_folder(invocation, run_dir))
     _print_header(invocation, session, run_dir)
     with session.gate:
         session.evaluate_if_due()
-        [(_, base), *_] = read_evaluations(run_dir)
-        found = run_dir / "localisation.json"
-        if not found.exists():
-            _measure(session, run_dir, [child.condition for child in children])
-    return base, _read_localisation(found)
+        [(_, base), *_] = lead(lambda: read_evaluations(run_dir))
+        with session.weights.gathered():
+            names = [child.condition for child in children]
+            where = lead(lambda: _localisation(session, run_dir, names))
+    return base, where
+
+
+def _begin_folder(invocation: Invocation, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / "config.resolved.toml", dump_toml(invocation.config))
+
+
+def _localisation(
+    session: Session, run_dir: Path, conditions: list[str]
+) -> dict[str, Localisation]:
+    """What the folder has, or else what is measured now."""
+    found = run_dir / "localisation.json"
+    if not found.exists():
+        with session.gate.opened():
+            _measure(session, run_dir, conditions)
+    return _read_localisation(found)
 
 
 def _measure(session: Session, run_dir: Path, conditions: list[str]) -> None:
@@ -124,15 +160,20 @@ def _run_child(config: Config, run_dir: Path, base: EvalResult) -> EvalResult:
     from fastsd.report import write_model_card
     from fastsd.train import train
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not read_evaluations(run_dir):
-        append_evaluation(run_dir, 0, base)
+    world = open_world(config.parallel.timeout_s, config.device)
+    world.lead(lambda: _begin_child(run_dir, base))
     train(config, run_dir, Recorder(run_dir.name, sys.argv))
-    write_model_card(run_dir, checkpoints(run_dir)[0][1])
-    final = read_evaluations(run_dir)[-1][1]
+    world.lead(lambda: write_model_card(run_dir, checkpoints(run_dir)[0][1]))
+    final = world.lead(lambda: read_evaluations(run_dir))[-1][1]
     before, after = 100 * base.avg_at_k, 100 * final.avg_at_k
     print(f"{run_dir.name}: Avg@{final.samples} {before:.1f} % -> {after:.1f} %", flush=True)
     return final
+
+
+def _begin_child(run_dir: Path, base: EvalResult) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not read_evaluations(run_dir):
+        append_evaluation(run_dir, 0, base)
 
 
 def _summarise(config, run_dir, results, base, where, seconds) -> dict[str, Any]:

@@ -25,15 +25,21 @@ class HardwareError(FastsdError):
     """The configuration asks for a device or type that this machine does not have."""
 
 
-def resolve_device(name: str) -> str:
+def resolve_device(name: str, local_rank: int | None = None) -> str:
     """`Config.device` -> "cpu", "cuda" or "cuda:N"; auto is cuda where there is one.
 
+    local_rank: this process's number on the machine where there are many, each with its own GPU.
     Raises HardwareError if the named device is not here.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if devices else "cpu"
-    if name == "cpu":
+        name = "cuda" if devices else "cpu"
+    elif name.startswith("cuda:") and local_rank is not None:
+        hint = "each of many processes takes its own GPU; set --device cuda"
+        raise HardwareError(f'device = "{name}": {hint}')
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
+    if name == "cpu" or (name == "cuda" and devices):
         return name
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):

@@ -41,9 +41,11 @@ class SignalGate:
         }
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # One rank's end makes the launcher signal the others, which are ending too: they go on.
+        ending = self._world is not None and kind is not None
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if ending else handler)
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:

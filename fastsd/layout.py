@@ -14,10 +14,10 @@ prefixes go through the network first and whose branches follow in parts (`defer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
-from fastsd.types import Branch, Rollout, TokenTree
+from fastsd.types import Branch, Prompt, Rollout, TokenTree
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,24 @@ class Sample:
     @property
     def group(self) -> str:
         return self.rollout.prompt.id
+
+
+def sample_to_json(sample: Sample) -> dict[str, Any]:
+    """A sample as JSON gives it back, but for the prompt, of which it keeps the id."""
+    record = asdict(replace(sample, rollout=replace(sample.rollout, prompt=None)))  # type: ignore[arg-type]
+    del record["rollout"]["prompt"]
+    return {"prompt": sample.rollout.prompt.id, **record}
+
+
+def sample_from_json(record: dict[str, Any], prompt: Prompt) -> Sample:
+    """Inverse of `sample_to_json`; the prompt is taken from the data."""
+    fields = {k: v for k, v in record.items() if k not in ("prompt", "rollout")}
+    for name in ("student_ids", "teacher_ids"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
+    rollout = dict(record["rollout"])
+    for name in ("response_ids", "logprobs"):
+        rollout[name] = tuple(rollout[name])
+    return Sample(rollout=Rollout(prompt=prompt, **rollout), **fields)
 
 
 def student_trees(samples: Sequence[Sample]) -> list[TokenTree]:
@@ -124,8 +142,8 @@ def micro_batches(
 def micro_batches_by_rank(
     samples: Sequence[Sample], token_budget: int, ranks: int
 ) -> list[list[MicroBatch]]:
-    """Each rank's micro-batches, so that the ranks finish together: whole groups, the longest first,
-    each to the rank that has least to do.
+    """Each rank's micro-batches, so that the ranks finish together: whole groups, the longest
+    first, each to the rank that has least to do.
 
     All ranks make the same passes, for they are collective: as many micro-batches, and in the k-th
     of each a teacher's pass where one rank has it. `_padding` stands where there is nothing to do.

@@ -297,11 +297,11 @@ def _fp32_copy(parameter: Tensor) -> Tensor:
 
 
 def _check_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    for name, like in wanted.items():
+    for name, mine in wanted.items():
         if name not in found:
             raise CheckpointError(_mismatch(name, "is missing from the saved optimizer state"))
         have = (tuple(found[name].shape), found[name].dtype)
-        want = (tuple(like.shape), like.dtype)
+        want = (tuple(mine.shape), mine.dtype)
         if have != want:
             raise CheckpointError(_mismatch(name, f"is {have}, this model needs {want}"))
     for name in found:

@@ -18,7 +18,8 @@ PHASES = ("rollout", "critic", "student", "teacher", "head", "optimizer")
 class PhaseClock:
     """Adds up wall-clock seconds and tokens by phase; `metrics` reads and resets them.
 
-    current: the phase that began last. Tokens are those that were computed. saved: those that full rows would have computed too.
+    Tokens are those that were computed. saved: those that full rows would have computed too.
+    current: the phase that began last.
     """
 
     def __init__(self, device: torch.device):

@@ -21,6 +21,7 @@ from fastsd.interrupt import Interrupted
 from fastsd.run_folder import CompletionRow, MetricsWriter, replace_text, write_completions
 from fastsd.trackers import Tracker, open_trackers
 from fastsd.types import CheckpointError, FastsdError
+from fastsd.world import RankLost
 
 if TYPE_CHECKING:
     from fastsd.loss import StepStatistics
@@ -80,7 +81,8 @@ class Recorder:
 
     def stopped(self, session: Session, stop: BaseException) -> None:
         """A run that a signal or bad input ends is saved as of its last whole update."""
-        bad_input = isinstance(stop, FastsdError) and not isinstance(stop, CheckpointError)
+        no_save = isinstance(stop, CheckpointError | RankLost)
+        bad_input = isinstance(stop, FastsdError) and not no_save
         if isinstance(stop, Interrupted) or (bad_input and session.step):
             path = session.save()
             what = stop if isinstance(stop, Interrupted) else type(stop).__name__
@@ -112,6 +114,19 @@ class Recorder:
             self._live.update(line)
         elif session.step % max(1, steps // 5) == 0 or session.done:
             print(line, flush=True)
+
+
+class Follower(Recorder):
+    """The recorder of a rank beside the first: takes part in what is saved, and writes nothing."""
+
+    def open(self, session: Session, *, resumed: bool) -> None:
+        pass
+
+    def record(self, session: Session, statistics: StepStatistics) -> None:
+        session.guard.warnings()
+
+    def say(self, line: str) -> None:
+        pass
 
 
 def run_facts(session: Session, argv: Sequence[str]) -> dict[str, Any]:
@@ -146,8 +161,9 @@ def implementations(session: Session) -> dict[str, str]:
         "sampler": session.sampler.name,
         **({} if critic is None else {"critic": critic.name}),
         "device": str(policy.device),
-        "dtype": str(policy.head_VD.dtype).removeprefix("torch."),
+        "dtype": str(policy.dtype).removeprefix("torch."),
         "threads": str(_threads()),
+        **({"weights": session.weights.name} if session.weights.name else {}),
     }
 
 

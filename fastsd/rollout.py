@@ -92,8 +92,9 @@ class Sampler:
         """The engine in one clause, for the run's header."""
         return f"{packed_layers_name(self.policy)}, in-process, shared prefixes"
 
-    def update_weights(self, version: int) -> None:
-        """Samples come from the weights of this version from now on: here they always do."""
+    def update_weights(self, version: int, staleness: int = 0, weights=None) -> None:
+        """Samples come from the weights of this version from now on, or of at most `staleness`
+        before it: here they are always the present ones. weights: where they lie in many parts."""
 
     def metrics(self) -> StepMetrics:
         """Numbers about the engine since the last update of the weights."""

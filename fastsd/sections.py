@@ -99,6 +99,16 @@ class RolloutConfig(Section):
     """inprocess: the sampler of this process. vllm: servers at rollout.servers."""
     servers: list[str] = []
     """vllm: base URLs of the servers, e.g. http://127.0.0.1:8000."""
+    concurrency: int = Field(default=32, ge=1)
+    """vllm: groups under way at once at each server."""
+    server_tokens: int = Field(default=0, ge=0)
+    """vllm: tokens under way at once at each server, prompts and the longest responses counted,
+    e.g. the size of its KV cache; 0: no limit. A group that is larger goes alone."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """vllm: longest wait for one group; a server that takes longer counts as lost."""
+    max_staleness: int = Field(default=0, ge=0)
+    """vllm: responses may come from weights that are up to this many updates old, which saves
+    handing them over; 0: the servers get them before each batch."""
     prompts_per_step: int = Field(default=4, ge=1)
     """Questions per optimizer step."""
     steps_per_batch: int = Field(default=1, ge=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,30 @@ from fastsd.config import Config
 from fastsd.critics import open_critic
 from fastsd.data import load_data
 from fastsd.deferred import Passes
-from fastsd.evaluate import evaluate
+from fastsd.evaluate import scored_samples, tabulate
 from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
 from fastsd.guards import Guard
 from fastsd.interrupt import SignalGate
-from fastsd.layout import MicroBatch, Sample
+from fastsd.layout import (
+    MicroBatch,
+    Sample,
+    micro_batches,
+    micro_batches_by_rank,
+    sample_from_json,
+    sample_to_json,
+)
 from fastsd.model import load_policy
 from fastsd.optimizer import Optimizer
 from fastsd.phases import PhaseClock
 from fastsd.preflight import check_prompts, renderer_for
 from fastsd.run_folder import append_evaluation, read_evaluations
+from fastsd.sharding import place_weights, refuse_ranks
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
-from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Rollout, Task
+from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Prompt, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
 from fastsd.vllm_rollout import open_sampler
+from fastsd.world import open_world
 from fastsd_kernels.loss_head import implementation_choice
 
 # Settings that a resumed run may change: none moves a weight or says what the critic writes, but
@@ -45,7 +54,8 @@ from fastsd_kernels.loss_head import implementation_choice
 _FREE_ON_RESUME = (
     *("run", "resume", "seeds", "threads", "checkpoint", "eval", "report", "log", "filter"),
     *("guard", "critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
-    *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers"),
+    *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers", "parallel"),
+    *("rollout.concurrency", "rollout.server_tokens", "rollout.timeout_s"),
 )
 
 
@@ -66,7 +76,9 @@ class Session:
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        device = hardware.resolve_device(config.device)
+        self.world = open_world(config.parallel.timeout_s, config.device)
+        refuse_ranks(config, self.world)
+        device = hardware.resolve_device(config.device, self.world.local_rank)
         dtype = hardware.resolve_dtype(config.model.dtype, device)
         self.task = open_task(config)
         self.train_data, self.eval_prompts = load_data(
@@ -76,14 +88,16 @@ class Session:
         self.policy = load_policy(config.model, device, dtype)
         self.loss_head = _loss_head(config.loss.impl, self.policy.head_VD)
         self.renderer = renderer_for(self.policy, config)
-        self.sampler = open_sampler(self.policy, self.renderer, config.rollout, run_dir)
+        served = config.rollout, run_dir, self.world
+        self.sampler = open_sampler(self.policy, self.renderer, *served)
         asks = CONDITIONS[config.condition].critic
         self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
+        self.weights = place_weights(self.policy, self.teacher, self.world)
         self.guard = Guard(config.guard)
-        self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike)
+        self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike, self.world)
         self.clock = PhaseClock(self.policy.device)
-        self.gate = SignalGate()
+        self.gate = SignalGate(self.world)
         self.step = 0
         self.cursor = 0
         self.buffer: list[Sample] = []
@@ -94,6 +108,10 @@ class Session:
         """The configured critic, opened when it is first asked for: it may be a model."""
         judge = {"reward": self.reward, "tokenizer": self.policy.tokenizer}
         return open_critic(self.config, self.task, self.run_dir, **judge)
+
+    def where(self) -> str:
+        """The step and phase under way, for a message."""
+        return f" in phase {self.clock.current!r} of update {self.step + 1}"
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -111,7 +129,15 @@ class Session:
         count = rollout.prompts_per_step * rollout.steps_per_batch
         prompts = self.train_data.take(self.cursor, count, self.config.seed)
         with self.clock.phase("rollout"):
-            self.sampler.update_weights(self.step)
+            self.sampler.update_weights(self.step, rollout.max_staleness, self.weights)
+        samples = self.weights.spread(
+            prompts, rollout.samples_per_prompt, self._roll_out, self.gate
+        )
+        return samples, self.cursor + count
+
+    def _roll_out(self, prompts: list[Prompt]) -> list[Sample]:
+        rollout = self.config.rollout
+        with self.clock.phase("rollout"):
             rollouts = self.sampler.sample(
                 prompts, rollout.samples_per_prompt, key=(self.config.seed, self.step)
             )
@@ -122,7 +148,7 @@ class Session:
         rollouts = [replace(r, reward=v) for r, v in zip(rollouts, rewards, strict=True)]
         with self.clock.phase("critic", tokens if self.maker.condition.context else 0):
             feedback = self.maker(rollouts)
-        return self.make_samples(rollouts, feedback), self.cursor + count
+        return self.make_samples(rollouts, feedback)
 
     def make_samples(self, rollouts: list[Rollout], feedback: list[Feedback]) -> list[Sample]:
         """Whole groups of rollouts with their prompts rendered and advantages computed."""
@@ -157,8 +183,16 @@ class Session:
             samples.append(Sample(rollout, student, teacher_ids, advantage, *shown, dropped=gone))
         return samples
 
+    def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        """What this rank computes of a step's samples."""
+        budget, ranks = self.config.optim.micro_batch_tokens, self.world.size
+        if ranks == 1:
+            return micro_batches(samples, budget)
+        return micro_batches_by_rank(samples, budget, ranks)[self.world.rank]
+
     def passes(self, batch: MicroBatch, teaches: bool) -> Passes:
         """The student's and, where it teaches, the teacher's forward passes over a micro-batch."""
+        self.gate.agree()
         return Passes(self.policy, self.teacher if teaches else None, batch, self.clock)
 
     def advance(self) -> None:
@@ -177,18 +211,23 @@ class Session:
         """Before the first update, every eval.every updates, and at the end; never twice."""
         every = self.config.eval.every
         due = self.step == 0 or self.done or (every and self.step % every == 0)
-        if not due or any(step == self.step for step, _ in read_evaluations(self.run_dir)):
+        if not due or self.world.lead(self._is_evaluated):
             return
-        self.sampler.update_weights(self.step)
-        result = evaluate(
-            self.sampler,
-            self.reward,
-            self.eval_prompts(self.config.eval.questions),
-            self.config.eval,
-            self.answer_of,
+        self.sampler.update_weights(self.step, weights=self.weights)
+        config = self.config.eval
+        prompts = self.eval_prompts(config.questions)
+        scored = self.weights.spread(
+            prompts,
+            config.samples,
+            lambda some: scored_samples(self.sampler, self.reward, some, config, self.answer_of),
+            self.gate,
         )
+        result = tabulate(*zip(*scored, strict=True), samples=config.samples)
         with self.gate.closed():
-            append_evaluation(self.run_dir, self.step, result)
+            self.world.lead(lambda: append_evaluation(self.run_dir, self.step, result))
+
+    def _is_evaluated(self) -> bool:
+        return any(step == self.step for step, _ in read_evaluations(self.run_dir))
 
     def answer_of(self, text: str) -> str | None:
         """The answer that votes in maj@k."""
@@ -212,28 +251,33 @@ class Session:
             "cursor": self.cursor,
             "optimizer": self.optimizer.state_json(),
             "guard": self.guard.state_json(),
-            "buffer": [_sample_to_json(sample) for sample in self.buffer],
+            "buffer": [sample_to_json(sample) for sample in self.buffer],
             "config": self._binding_settings(),
         }
         with self.gate.closed():
-            return checkpoint.save_checkpoint(
-                self.run_dir,
-                self.step,
-                self.policy.save,
-                tensors,
-                state,
-                self.config.checkpoint.keep,
+            run_dir, keep = self.run_dir, self.config.checkpoint.keep
+            whole, save_model = self.weights.state(tensors, run_dir), self.weights.saver()
+            return self.world.lead(
+                lambda: checkpoint.save_checkpoint(
+                    run_dir, self.step, save_model, whole, state, keep
+                )
             )
 
     def restore(self) -> bool:
         """Continues the newest valid checkpoint of the run folder; False where there is none."""
         found = checkpoint.load_latest(self.run_dir)
+        steps = self.world.gather(None if found is None else found.step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{self.run_dir}: the ranks find different newest checkpoints, of updates {steps}; "
+                "the run folder must be one that all of them share"
+            )
         if found is None:
             return False
         self._refuse_other_settings(found)
-        self.optimizer.load(_part(found.tensors, "optimizer/"), found.state["optimizer"])
+        self.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
         if self.teacher is not None:
-            self.teacher.load_state_tensors(_part(found.tensors, "teacher/"))
+            self.teacher.load_state_tensors(found.tensors.part("teacher/"))
         self.guard.load(found.state["guard"])
         torch.set_rng_state(found.tensors["torch_rng"])
         self.step, self.cursor = found.state["step"], found.state["cursor"]
@@ -263,7 +307,7 @@ class Session:
         count = rollout.prompts_per_step * rollout.steps_per_batch
         prompts = self.train_data.take(self.cursor - count, count, self.config.seed)
         by_id = {prompt.id: prompt for prompt in prompts}
-        return [_sample_from_json(record, by_id[record["prompt"]]) for record in records]
+        return [sample_from_json(record, by_id[record["prompt"]]) for record in records]
 
 
 def _loss_head(impl: str, head_VD: torch.Tensor) -> str:
@@ -273,26 +317,6 @@ def _loss_head(impl: str, head_VD: torch.Tensor) -> str:
     except (RuntimeError, ValueError) as error:
         raise FastsdError(f"loss.impl: {error}") from error
     return f"{name} ({why})"
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _sample_to_json(sample: Sample) -> dict[str, Any]:
-    record = asdict(replace(sample, rollout=replace(sample.rollout, prompt=None)))  # type: ignore[arg-type]
-    del record["rollout"]["prompt"]
-    return {"prompt": sample.rollout.prompt.id, **record}
-
-
-def _sample_from_json(record: dict[str, Any], prompt) -> Sample:
-    fields = {k: v for k, v in record.items() if k not in ("prompt", "rollout")}
-    for name in ("student_ids", "teacher_ids"):
-        fields[name] = None if fields[name] is None else tuple(fields[name])
-    rollout = dict(record["rollout"])
-    for name in ("response_ids", "logprobs"):
-        rollout[name] = tuple(rollout[name])
-    return Sample(rollout=Rollout(prompt=prompt, **rollout), **fields)
 
 
 def refuse_used_folder(run_dir: Path) -> None:

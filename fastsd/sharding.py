@@ -1,10 +1,10 @@
 """One run's weights over its ranks: FSDP2 with a decoder layer as the unit, the rest as the root.
 
 Every rank keeps 1/N of each tensor: fp32 masters and what AdamW needs of them. A layer is gathered
-before its forward and its backward and freed after each; embedding, final norm and head are one unit
-that stays gathered from the forward to the end of the backward, because the loss head reads the
-head's weight between the two. Gradients are summed over ranks in fp32, for the loss is divided by
-the tokens of the whole step already. Compute is in the model's own type, as in one process.
+before its forward and its backward and freed after each; embedding, final norm and head are one
+unit that stays gathered from the forward to the end of the backward, because the loss head reads
+the head's weight between the two. Gradients are summed over ranks in fp32, for the loss is divided
+by the tokens of the whole step already. Compute is in the model's own type, as in one process.
 
 While rollouts are made, every rank holds all weights: ranks then decode each at its own pace. So
 a rank's memory must hold the model once in its compute type, beside its part of the masters.
@@ -16,19 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastsd.config import Config
+from fastsd.interrupt import SignalGate
 from fastsd.model import Policy
+from fastsd.sharded_checkpoint import write_state
 from fastsd.shards import whole
 from fastsd.teacher import Teacher
-from fastsd.types import FastsdError
+from fastsd.types import FastsdError, Prompt
 from fastsd.world import World
+
+T = TypeVar("T")
 
 
 class Replica:
@@ -46,12 +51,24 @@ class Replica:
         """Inside, the policy runs without a word to other ranks."""
         return contextlib.nullcontext()
 
+    def spread(
+        self,
+        prompts: Sequence[Prompt],
+        each: int,
+        work: Callable[[list[Prompt]], list[T]],
+        gate: SignalGate,
+    ) -> list[T]:
+        """`work(prompts)`, which gives `each` items for every prompt in order, done by the ranks
+        together: all items, on every rank. Prompts of one id stay on one, for they are told apart
+        by their order. gate: is open while a rank works."""
+        return work(list(prompts))
+
     def release(self) -> None:
         """Frees what the forwards of a step gathered."""
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as rank 0 writes them; nothing on other ranks."""
-        return dict(tensors)
+    def state(self, tensors: Mapping[str, Tensor], run_dir: Path) -> Mapping[str, Tensor] | Path:
+        """What `checkpoint.save_checkpoint` is given: whole tensors, or their file in run_dir."""
+        return tensors
 
     def saver(self) -> Callable[[Path], None]:
         """What writes the model as a Hugging Face folder, on rank 0."""
@@ -66,8 +83,8 @@ class Sharded(Replica):
         super().__init__(policy)
         self.world = world
         self._skeleton = _skeleton(policy.model) if world.leads else None
-        copied = teacher is not None and teacher.policy is not policy
-        self._policies = [policy, teacher.policy] if copied else [policy]
+        own = [] if teacher is None or teacher.policy is policy else [teacher.policy]
+        self._policies = [policy, *own]
         for each in self._policies:
             _shard(each, world)
             # FSDP takes the first module that runs for the root: the whole, not a layer.
@@ -92,24 +109,64 @@ class Sharded(Replica):
             for unit in _units(self.policy):
                 unit.reshard()
 
+    def spread(
+        self,
+        prompts: Sequence[Prompt],
+        each: int,
+        work: Callable[[list[Prompt]], list[T]],
+        gate: SignalGate,
+    ) -> list[T]:
+        distinct = dict.fromkeys(prompt.id for prompt in prompts)
+        rank_of = {name: n % self.world.size for n, name in enumerate(distinct)}
+        shares: list[list[int]] = [[] for _ in range(self.world.size)]
+        for i, prompt in enumerate(prompts):
+            shares[rank_of[prompt.id]].append(i)
+        mine = [prompts[i] for i in shares[self.world.rank]]
+
+        def alone() -> list[T]:
+            with gate.opened():
+                return work(mine) if mine else []
+
+        gate.agree()
+        with self.gathered():
+            found = self.world.together(alone)
+        items: list[list[T]] = [[] for _ in prompts]
+        for share, got in zip(shares, found, strict=True):
+            for n, i in enumerate(share):
+                items[i] = got[each * n : each * (n + 1)]
+        return [item for group in items for item in group]
+
     def release(self) -> None:
         for policy in self._policies:
             _root(policy).reshard()
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {}
-        for name, tensor in tensors.items():
-            full = whole(tensor.detach())
-            if self.world.leads:
-                kept[name] = full.cpu()
-        return kept
+    def state(self, tensors: Mapping[str, Tensor], run_dir: Path) -> Path:
+        return write_state(run_dir / ".state.safetensors", tensors, self.world)
 
     def saver(self) -> Callable[[Path], None]:
-        weights = self.whole(dict(self.policy.model.named_parameters()))
+        types = {} if self._skeleton is None else dict(self._skeleton.named_parameters())
+        weights = {}
+        for name, parameter in self.policy.model.named_parameters():
+            full = whole(parameter.detach())
+            if self._skeleton is not None:
+                weights[name] = torch.nn.Parameter(full.cpu().to(types[name].dtype), False)
         if self._skeleton is None:
             return lambda folder: None
-        model = _filled(self._skeleton, weights)
-        return Policy(model, self.policy.tokenizer).save
+        # A copy of the skeleton that holds these weights, its ties too.
+        filled = {id(empty): weights[name] for name, empty in types.items()}
+        return Policy(copy.deepcopy(self._skeleton, filled), self.policy.tokenizer).save
+
+
+def refuse_ranks(config: Config, world: World) -> None:
+    """Raises FastsdError for settings that many processes cannot have."""
+    if world.size == 1:
+        return
+    prompts = config.rollout.prompts_per_step
+    if prompts < world.size:
+        raise FastsdError(
+            f"rollout.prompts_per_step = {prompts}, but torchrun started {world.size} processes, "
+            "which share the questions of a step: start fewer, or raise it"
+        )
 
 
 def place_weights(policy: Policy, teacher: Teacher | None, world: World) -> Replica:
@@ -171,12 +228,3 @@ def _skeleton(model: torch.nn.Module) -> torch.nn.Module:
     """The model without storage for its parameters: what a checkpoint is written from."""
     empty = {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, empty)
-
-
-def _filled(skeleton: torch.nn.Module, weights: Mapping[str, Tensor]) -> torch.nn.Module:
-    """A copy of the skeleton that holds these weights, in the types that it had; ties stay."""
-    named = dict(skeleton.named_parameters())
-    filled = {
-        id(p): torch.nn.Parameter(weights[name].to(p.dtype), False) for name, p in named.items()
-    }
-    return copy.deepcopy(skeleton, filled)

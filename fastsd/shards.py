@@ -1,4 +1,4 @@
-"""Tensors of which every rank of a run holds a part: torch's DTensor, which only such runs import."""
+"""Tensors of which each rank of a run holds a part: DTensor, which one process never imports."""
 
 from __future__ import annotations
 

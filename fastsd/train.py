@@ -22,18 +22,22 @@ if TYPE_CHECKING:
 
 def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
     """Trains one condition with one seed into `run_dir`, continuing what is there if asked to."""
+    from fastsd.recorder import Follower
     from fastsd.session import Session
+    from fastsd.world import guarded
 
     session = Session(config, run_dir)
+    recorder = recorder if session.world.leads else Follower(recorder.label)
     recorder.open(session, resumed=config.resume == "auto" and session.restore())
     with session.gate:
         try:
-            while True:
-                session.evaluate_if_due()
-                if session.done:
-                    break
-                update(session, session.next_samples(), recorder.record)
-                session.save_if_due()
+            with guarded(session.where):
+                while True:
+                    session.evaluate_if_due()
+                    if session.done:
+                        break
+                    update(session, session.next_samples(), recorder.record)
+                    session.save_if_due()
         except BaseException as stop:
             recorder.stopped(session, stop)
             raise
@@ -47,14 +51,13 @@ def update(
     record: Callable[[Session, StepStatistics], None] = lambda session, statistics: None,
 ) -> StepStatistics:
     """One optimizer step on `samples`. All that a resume needs changes in the last block only."""
-    from fastsd.layout import micro_batches
     from fastsd.loss import StepStatistics, TokenWeights, loss_head
 
     weights = TokenWeights.for_step(samples, session.maker)
     statistics = StepStatistics(samples)
     session.optimizer.zero_grad()
     counted = [sample for sample in samples if weights.counts(sample)]
-    for batch in micro_batches(counted, session.config.optim.micro_batch_tokens):
+    for batch in session.micro_batches(counted):
         passes = session.passes(batch, teaches=weights.divergence != 0)
         for part in batch.parts:
             student_TD = passes.student(part)
@@ -67,6 +70,9 @@ def update(
         if batch.deferred:
             session.optimizer.accumulate()
             passes.finish()
+    session.weights.release()
+    statistics.add_ranks(session.world)
+    session.clock.add_ranks(session.world)
     with session.gate.closed():
         with session.clock.phase("optimizer", statistics.tokens):
             stepped = session.optimizer.step()
@@ -84,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `python -m fastsd.train --help`."""
     from fastsd.cli import load_config, run_main
     from fastsd.interrupt import Interrupted
+    from fastsd.world import guarded, one_voice
 
     def run() -> None:
         invocation = load_config(sys.argv[1:] if argv is None else list(argv))
@@ -94,10 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from fastsd.experiment import run_experiment
 
-            run_experiment(invocation)
+            with guarded():
+                run_experiment(invocation)
 
     try:
-        return run_main(run)
+        with one_voice():
+            return run_main(run)
     except Interrupted as stop:
         print(f"stopped by {stop}: continue with --resume auto", file=sys.stderr)
         return stop.exit_code

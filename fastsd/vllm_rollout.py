@@ -1,14 +1,15 @@
 """Prompts to responses: vLLM servers over HTTP, behind the in-process sampler's protocol.
 
-The groups of a step go round the servers, each in one request, so that a server computes its prompt
-once. A server that fails is left out and its groups are drawn elsewhere, until the next update of
-the weights finds it back.
-
 Responses are on-policy only if the servers hold this run's weights. `update_weights` writes them as
 a Hugging Face folder that the servers can read, has them reloaded and the prefix caches emptied,
 and then compares a probe: the log-probs of a served response against the policy's own forward. That
 catches servers of another model, stale weights, and log-probs of another kind; two roundings of
 the same weights lie far below `PROBE_TOLERANCE`. A server belongs to one run at a time.
+
+With `rollout.max_staleness` = k the servers keep weights that are at most k updates old, which
+saves their transfer. The policy term then weighs each token by its probability ratio to the
+log-prob that it was sampled with (`loss.clip`), as it does in the later steps of one batch.
+Evaluations always get the present weights.
 
 Rollout.logprobs are log p at the sampling temperature before top-k and top-p. vLLM returns log p
 of the raw logits or of what it samples from (--logprobs-mode), so a temperature beside 1 together
@@ -19,13 +20,11 @@ batch: a resumed run continues with the same weights and prompts, not with the s
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,27 +32,17 @@ from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters
 from fastsd.sections import RolloutConfig
-from fastsd.sync import remove_others, write_weights
+from fastsd.sharding import Replica
+from fastsd.sync import names_of_head, remove_others, write_weights
 from fastsd.types import Branch, Prompt, Rollout, StepMetrics, TokenTree
-from fastsd.vllm_server import (
-    Draw,
-    RolloutError,
-    RolloutUnavailable,
-    ServerLost,
-    VllmServer,
-    ask,
-    gather,
-)
+from fastsd.vllm_fleet import Fleet
+from fastsd.vllm_server import Draw, RolloutError, VllmServer
+from fastsd.world import ALONE, World
 from fastsd_kernels import fused_linear_statistics
 
 if TYPE_CHECKING:
     import httpx
 
-T = TypeVar("T")
-log = logging.getLogger(__name__)
-
-# Groups under way at one server; more wait here.
-GROUPS_PER_SERVER = 32
 # Mean |log-prob difference| per token of the probe, in nats. Measured on SmolLM2-135M: 0.02 to 0.05
 # between a bf16 server and a bf16 or fp32 policy; 0.4 and more for a head that is off by a tenth.
 PROBE_TOLERANCE = 0.1
@@ -64,29 +53,44 @@ _PROBE_TEXT = "What is 17 + 25? Say it in words: \u00e9, \u6f22\u5b57.\n"
 class VllmSampler(Sampler):
     """Samples responses from vLLM servers that are given the policy's weights.
 
-    folder: where the weights are written for them. Opening asks every server for its model, longest
-    sequence and tokenizer. Raises RolloutError for settings or servers that this run cannot use,
-    RolloutUnavailable for servers that do not answer.
+    folder: where the weights are written for them. world: the run's ranks; each draws from the same
+    servers, and the first one hands over the weights. Opening asks every server for its model,
+    longest sequence and tokenizer. Raises RolloutError for settings or servers that this run cannot
+    use, RolloutUnavailable for servers that do not answer.
     """
 
-    def __init__(self, policy, renderer: PromptRenderer, config: RolloutConfig, folder: Path):
+    def __init__(
+        self,
+        policy,
+        renderer: PromptRenderer,
+        config: RolloutConfig,
+        folder: Path,
+        world: World = ALONE,
+    ):
         super().__init__(policy, renderer, config)
         _refuse_settings(config)
         self.folder = folder.resolve()
-        self.servers = [VllmServer(url) for url in config.servers]
+        self.world = world
+        self.fleet = Fleet(config, world.size)
+        # Asked while the weights are whole: many processes keep a part of them each.
+        self._vocabulary, self._head_names = len(policy.head_VD), names_of_head(policy)
         self.version: int | None = None
         self._metrics: StepMetrics = {}
-        self._everywhere(self._open)
-        if any(server.lost for server in self.servers):
-            raise self._unavailable("rollout.servers: not all answer")
+        self.fleet.everywhere(self._open)
+        if any(server.lost for server in self.fleet.servers):
+            raise self.fleet.unavailable("rollout.servers: not all answer")
 
     @property
     def name(self) -> str:
-        return f"vLLM, {len(self.servers)} server{'s' * (len(self.servers) > 1)}"
+        count = len(self.fleet.servers)
+        return f"vLLM, {count} server{'s' * (count > 1)}"
 
     def metrics(self) -> StepMetrics:
-        """rollout/probe_gap: nats, the worst server's; rollout/sync_s; rollout/servers: in use."""
-        return {**self._metrics, "rollout/servers": float(len(self._living()))}
+        """rollout/staleness: updates that the weights which the servers hold are behind;
+        rollout/probe_gap: nats, the worst server's, when they got them; rollout/sync_s: what
+        that took for the next batch; rollout/servers: in use; rollout/retried_groups: in all."""
+        used = {"servers": len(self.fleet.living), "retried_groups": self.fleet.retried}
+        return {**self._metrics, **{f"rollout/{name}": float(n) for name, n in used.items()}}
 
     def sample(
         self,
@@ -99,14 +103,14 @@ class VllmSampler(Sampler):
         if not prompts:
             return []
         if self.version is None:
-            self.update_weights(0)
+            self._first_weights()
         temperature = self.config.temperature if temperature is None else temperature
         seeds = row_counters(key, prompts, 1).tolist()
         draws = [
             self._draw(self.renderer.student(prompt), samples, seed, temperature)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        groups = ask(lambda client: self._draw_all(client, draws))
+        groups = self.fleet.draw(draws, self._vocabulary)
         known = temperature == self.config.temperature
         return [
             self._rollout(prompt, sample, ids, logprobs if known else [math.nan] * len(ids))
@@ -114,27 +118,53 @@ class VllmSampler(Sampler):
             for sample, (ids, logprobs) in enumerate(group)
         ]
 
-    def update_weights(self, version: int) -> None:
-        """Gives every server the policy's present weights, unless they have this version already.
+    def update_weights(
+        self, version: int, staleness: int = 0, weights: Replica | None = None
+    ) -> None:
+        """Gives every server the policy's present weights, unless all hold ones of at most
+        `staleness` versions before. A server that was restarted, or came back, needs them.
 
-        Raises RolloutUnavailable where none takes them, RolloutError where what a server then
-        answers is not what the policy computes.
+        weights: how they lie over the ranks; with more than one rank, all call this. Raises
+        RolloutUnavailable where no server takes them, RolloutError where what one then answers is
+        not what the policy computes.
         """
-        if version == self.version:
-            return
-        start, self.version = time.perf_counter(), None
+        start, weights = time.perf_counter(), weights or Replica(self.policy)
+        if not self.world.lead(lambda: self._serves(version, staleness)):
+            save = weights.saver()
+            with weights.gathered():
+                self.world.lead(lambda: self._give_weights(version, save))
+        told = self.world.lead(lambda: (self.version, self.fleet.state(), self._metrics))
+        self.version, state, self._metrics = told
+        self.fleet.follow(state)
+        assert self.version is not None
+        behind, seconds = version - self.version, time.perf_counter() - start
+        self._metrics |= {"rollout/staleness": float(behind), "rollout/sync_s": seconds}
+
+    def _serves(self, version: int, staleness: int) -> bool:
+        behind = math.inf if self.version is None else version - self.version
+        return 0 <= behind <= staleness and self.fleet.is_current()
+
+    def _give_weights(self, version: int, save: Callable[[Path], None]) -> None:
+        self.version = None
         try:
-            weights = write_weights(self.policy, self.folder, version)
+            folder = write_weights(save, self._head_names, self.folder, version)
         except OSError as error:
             raise RolloutError(f"{self.folder}: no weights for the servers: {error}") from error
-        probes = self._everywhere(lambda client, server: self._reload(client, server, weights))
+        probes = self.fleet.load(folder, version, self._open, self._probe(), self._vocabulary)
         if not probes:
-            raise self._unavailable("no vLLM server took the new weights")
+            raise self.fleet.unavailable("no vLLM server took the new weights")
         gaps = [self._checked_gap(server, *group) for server, [group] in probes]
-        remove_others(weights)
+        remove_others(folder)
         self.version = version
-        seconds = time.perf_counter() - start
-        self._metrics = {"rollout/probe_gap": max(gaps), "rollout/sync_s": seconds}
+        self._metrics["rollout/probe_gap"] = max(gaps)
+
+    def _first_weights(self) -> None:
+        if self.world.size > 1:  # one rank cannot collect them
+            raise RolloutError(
+                "the servers have no weights of this run yet, and it was stopped while advantages "
+                "were measured: start it anew, or continue with --report.questions 0"
+            )
+        self.update_weights(0)
 
     def _draw(self, prompt_ids: tuple[int, ...], samples: int, seed: int, temperature: float):
         c = self.config
@@ -142,62 +172,12 @@ class VllmSampler(Sampler):
         rest = (temperature, c.top_p, c.top_k, self.stop_ids, seed >> 2)
         return Draw(prompt_ids, samples, c.max_new_tokens, *rest)
 
-    def _everywhere(self, use: Callable[..., Awaitable[T]]) -> list[tuple[VllmServer, T]]:
-        """use(client, server) with every server at once; who answered. The others are lost."""
-
-        async def attempt(client: httpx.AsyncClient, server: VllmServer):
-            try:
-                found = await use(client, server)
-            except ServerLost as error:
-                self._lose(server, error)
-                return []
-            server.lost = None
-            return [(server, found)]
-
-        answers = ask(lambda client: gather([attempt(client, server) for server in self.servers]))
-        return [answer for answered in answers for answer in answered]
-
     async def _open(self, client: httpx.AsyncClient, server: VllmServer) -> None:
         longest = self.renderer.config.max_prompt_tokens + self.config.max_new_tokens
         limit = longest_sequence(self.policy.config)
         length = longest if limit is None else min(longest, limit)
         ids = self.renderer.encode_text(_PROBE_TEXT)
         await server.open(client, length, _PROBE_TEXT, ids)
-
-    async def _reload(self, client: httpx.AsyncClient, server: VllmServer, weights: Path):
-        if server.lost:
-            await self._open(client, server)
-        await server.load_weights(client, weights)
-        return await server.complete(client, self._probe(), len(self.policy.head_VD))
-
-    async def _draw_all(self, client: httpx.AsyncClient, draws: Sequence[Draw]) -> list:
-        turns = {server.url: asyncio.Semaphore(GROUPS_PER_SERVER) for server in self.servers}
-
-        async def group(index: int, draw: Draw):
-            while living := self._living():
-                server = living[index % len(living)]
-                async with turns[server.url]:
-                    if server.lost:
-                        continue
-                    try:
-                        return await server.complete(client, draw, len(self.policy.head_VD))
-                    except ServerLost as error:
-                        self._lose(server, error)
-            raise self._unavailable("no vLLM server is left")
-
-        return await gather([group(index, draw) for index, draw in enumerate(draws)])
-
-    def _living(self) -> list[VllmServer]:
-        return [server for server in self.servers if not server.lost]
-
-    def _lose(self, server: VllmServer, error: ServerLost) -> None:
-        if not server.lost:
-            log.warning("vLLM server %s is left out: %s", server.url, error)
-        server.lost = str(error)
-
-    def _unavailable(self, what: str) -> RolloutUnavailable:
-        lost = "; ".join(f"{server.url}{server.lost}" for server in self.servers if server.lost)
-        return RolloutUnavailable(f"{what}: {lost}. Start them; --resume auto continues the run")
 
     def _probe(self) -> Draw:
         c, ids = self.config, tuple(self.renderer.encode_text(_PROBE_TEXT))
@@ -240,10 +220,12 @@ class VllmSampler(Sampler):
         return float((own_T - torch.tensor(logprobs, dtype=own_T.dtype)).abs().mean())
 
 
-def open_sampler(policy, renderer: PromptRenderer, config: RolloutConfig, run_dir: Path) -> Sampler:
+def open_sampler(
+    policy, renderer: PromptRenderer, config: RolloutConfig, run_dir: Path, world: World = ALONE
+) -> Sampler:
     """The sampler that rollout.engine names. vllm: its weights are passed on in run_dir/served."""
     if config.engine == "vllm":
-        return VllmSampler(policy, renderer, config, run_dir / "served")
+        return VllmSampler(policy, renderer, config, run_dir / "served", world)
     return Sampler(policy, renderer, config)
 
 

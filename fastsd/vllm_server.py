@@ -9,28 +9,29 @@ sampler asks another.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import math
-import threading
-from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastsd.types import FastsdError
 
 if TYPE_CHECKING:
     import httpx
 
-T = TypeVar("T")
-# Seconds for a whole reply: the answer to a small question, new weights, a group of responses.
-SHORT_S, WEIGHTS_S, GROUP_S = 30.0, 600.0, 1800.0
-CONNECT_S = 10.0
+# (ids, logprobs) of each sample of a group, in order.
+Group = list[tuple[list[int], list[float]]]
+# Seconds for a whole reply: the answer to a small question, new weights.
+SHORT_S, WEIGHTS_S = 30.0, 600.0
 RESET_PAUSES_S = (0.1, 0.5, 2.0, 5.0)
 # A token of a reply takes some 100 bytes; whatever is longer than this is not one.
 LONGEST_REPLY = 256 * 2**20
-NO_DEVELOPER_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+DEVELOPER_PATHS = (
+    *("/collective_rpc", "/reset_prefix_cache"),
+    *("/update_weight_version", "/weight_info"),
+)
+NO_DEVELOPER_MODE = "start it, vLLM 0.32 or newer, with VLLM_SERVER_DEV_MODE=1 in its environment"
 
 
 class RolloutError(FastsdError):
@@ -60,6 +61,11 @@ class Draw:
     stop_ids: frozenset[int]
     seed: int
 
+    @property
+    def tokens(self) -> int:
+        """The most that a server holds for it: the prompt once, and every response."""
+        return len(self.prompt_ids) + self.samples * self.max_new_tokens
+
     def body(self, model: str) -> dict[str, Any]:
         """The request. What the server's generation config would set is set here, and `ignore_eos`
         leaves our stop ids as the only ones."""
@@ -85,14 +91,17 @@ class Draw:
 
 
 class VllmServer:
-    """A server by its base URL. lost: why it is not asked any more; None while it is."""
+    """A server by its base URL. lost: why it is not asked any more; None while it is. timeout_s:
+    the longest wait for a group."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, timeout_s: float):
         import httpx
 
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout_s = timeout_s
         self.model = ""
         self.lost: str | None = None
+        self._has_loaded = False
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL as error:
@@ -111,7 +120,8 @@ class VllmServer:
             model = listed["data"][0]
             self.model, limit = str(model["id"]), int(model["max_model_len"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise self._nonsense("/v1/models", "lists no model with max_model_len") from error
+            what = "lists no model with max_model_len, as vLLM's does"
+            raise self._nonsense("/v1/models", what) from error
         if limit < length:
             raise RolloutError(
                 f"{self.url} serves sequences of {limit} tokens, and prompt.max_prompt_tokens with "
@@ -128,26 +138,41 @@ class VllmServer:
                 "model.name"
             )
 
-    async def load_weights(self, client: httpx.AsyncClient, folder: Path) -> None:
-        """Replaces the weights by those in a Hugging Face folder that the server can read too, and
-        forgets keys and values of the old ones."""
+    async def load_weights(self, client: httpx.AsyncClient, folder: Path, label: str) -> None:
+        """Replaces the weights by those in a Hugging Face folder that the server can read too,
+        forgets keys and values of the old ones, and marks the new ones with `label`."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        await self._ask(client, "POST", "/collective_rpc", call, WEIGHTS_S)
+        try:
+            await self._ask(client, "POST", "/collective_rpc", call, WEIGHTS_S)
+        except ServerLost as error:
+            if self._has_loaded or "HTTP 500" not in str(error):
+                raise
+            raise RolloutError(
+                f"{self.url} cannot load this run's weights: serve the model of model.name, where "
+                f"{folder} can be read ({error})"
+            ) from error
+        self._has_loaded = True
         for pause_s in RESET_PAUSES_S:
             reply = await self._ask(client, "POST", "/reset_prefix_cache", None, WEIGHTS_S)
             if reply == {"success": True}:
+                await self._ask(client, "POST", "/update_weight_version", {"new_version": label})
                 return
             # Requests that a client hung up on hold their blocks a moment longer.
             await asyncio.sleep(pause_s)
         why = "it keeps the old weights' prefixes; is another run using it?"
         raise self._nonsense("/reset_prefix_cache", why)
 
-    async def complete(
-        self, client: httpx.AsyncClient, draw: Draw, vocabulary: int
-    ) -> list[tuple[list[int], list[float]]]:
+    async def holds(self, client: httpx.AsyncClient, label: str) -> bool:
+        """Whether its weights are those that `load_weights` marked so."""
+        reply = await self._ask(client, "GET", "/weight_info")
+        if not isinstance(reply, dict) or not isinstance(reply.get("weight_version"), str):
+            raise self._nonsense("/weight_info", f"{_excerpt(reply)} names no weight_version")
+        return reply["weight_version"] == label
+
+    async def complete(self, client: httpx.AsyncClient, draw: Draw, vocabulary: int) -> Group:
         """(ids, logprobs) of each sample, in order. Raises RolloutError, ServerLost."""
         path = "/v1/completions"
-        reply = await self._ask(client, "POST", path, draw.body(self.model), GROUP_S)
+        reply = await self._ask(client, "POST", path, draw.body(self.model), self.timeout_s)
         try:
             return read_group(reply, draw, vocabulary)
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -160,7 +185,7 @@ class VllmServer:
         text = content.decode(errors="replace")
         if status >= 500 or status == 429:
             raise ServerLost(f"{path} answered HTTP {status}: {_excerpt(text)}")
-        if status == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+        if status == 404 and path in DEVELOPER_PATHS:
             raise RolloutError(f"{self.url} has no {path}: {NO_DEVELOPER_MODE}")
         if status != 200:
             raise RolloutError(f"{self.url}{path} answered HTTP {status}: {_excerpt(text)}")
@@ -195,7 +220,7 @@ class VllmServer:
         return RolloutError(f"the reply of {self.url}{path} cannot be used: {what}")
 
 
-def read_group(reply: Any, draw: Draw, vocabulary: int) -> list[tuple[list[int], list[float]]]:
+def read_group(reply: Any, draw: Draw, vocabulary: int) -> Group:
     """(ids, logprobs) of each sample. Raises KeyError, TypeError or ValueError saying what is wrong
     with the reply: nothing of it is taken on trust."""
     choices = sorted(reply["choices"], key=lambda choice: choice["index"])
@@ -228,45 +253,6 @@ def _check_response(ids, logprobs, finish: str, draw: Draw, vocabulary: int) -> 
             f"a response of {len(ids)} tokens that ended by {_excerpt(finish)} and not by one of "
             "this run's stop tokens or at rollout.max_new_tokens"
         )
-
-
-@functools.cache
-def _background_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="vllm", daemon=True).start()
-    return loop
-
-
-def ask(use: Callable[[httpx.AsyncClient], Coroutine[Any, Any, T]]) -> T:
-    """use(client)'s result. It runs in a thread of its own, so that a signal ends the wait at once,
-    and where the caller has a running loop too."""
-    future = asyncio.run_coroutine_threadsafe(_with_client(use), _background_loop())
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-async def _with_client(use: Callable[[httpx.AsyncClient], Coroutine[Any, Any, T]]) -> T:
-    import httpx
-
-    # Who asks limits the connections, and `_exchange` the seconds. No proxy from the environment.
-    limits = httpx.Limits(max_connections=None)
-    timeout = httpx.Timeout(None, connect=CONNECT_S)
-    async with httpx.AsyncClient(trust_env=False, limits=limits, timeout=timeout) as client:
-        return await use(client)
-
-
-async def gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first error ends the others before it is raised."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _excerpt(value: object) -> str:

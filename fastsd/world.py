@@ -30,10 +30,12 @@ class RankLost(FastsdError):
 
 
 class World:
-    """The ranks of a run. Every method but `guarded` is collective: all ranks call it."""
+    """The ranks of a run. Every method is collective: all ranks call it, or none."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout_s: float = 0.0):
-        self.rank, self.size, self.local_rank, self.timeout_s = rank, size, local_rank, timeout_s
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        # The rank's number on its machine; None for one process, which has all of it.
+        self.local_rank = local_rank if size > 1 else None
 
     @property
     def leads(self) -> bool:
@@ -47,8 +49,7 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        with self.guarded():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
         return values
 
     def together(self, work: Callable[[], T]) -> list[T]:
@@ -67,27 +68,12 @@ class World:
             # One rank's signal stops the run; what else went wrong at that moment does not matter.
             rank, told = next((f for f in failed if f[1][0] is Interrupted), failed[0])
             raise error if error is not None and rank == self.rank else _rebuilt(rank, told)
-        return [value for value, _ in answers]
+        return [value for value, _ in answers]  # pyright: ignore[reportReturnType]
 
     def lead(self, work: Callable[[], T]) -> T:
         """What `work()` gives on rank 0; the others do nothing and are given it, or its error."""
         [value, *_] = self.together(lambda: work() if self.leads else None)
         return value  # pyright: ignore[reportReturnType]
-
-    @contextlib.contextmanager
-    def guarded(self, where: Callable[[], str] = lambda: "") -> Iterator[None]:
-        """Failures of the communication inside are raised as RankLost; `where` names the phase."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.size == 1 or not _is_communication(error):
-                raise
-            raise RankLost(
-                f"rank {self.rank} of {self.size}: another rank did not answer{where()}. It died "
-                "(look for its error above) or hangs: none may be more than parallel.timeout_s = "
-                f"{self.timeout_s:g} s behind. The checkpoints are intact; continue with --resume "
-                f"auto ({str(error).splitlines()[0]})"
-            ) from error
 
 
 ALONE = World()
@@ -112,31 +98,55 @@ def open_world(timeout_s: float, device: str = "auto") -> World:
             "processes with torchrun --nproc-per-node N -m fastsd.train, or unset WORLD_SIZE"
         ) from error
     world = World(rank, size, local_rank, timeout_s)
+    _opened.append(world)
     if size > 1:
         _connect(world, device)
-    _opened.append(world)
     return world
 
 
-def close_world() -> None:
-    """Ends the connections, if there are any."""
-    if _opened and _opened.pop().size > 1:
-        import torch.distributed as dist
+@contextlib.contextmanager
+def guarded(where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Failures of the communication inside are raised as RankLost; `where` says in which phase."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _opened or not _is_communication(error):
+            raise
+        world = _opened[0]
+        raise RankLost(
+            f"rank {world.rank} of {world.size}: another rank did not answer{where()}. It died "
+            "(look for its error above) or hangs: none may be more than parallel.timeout_s = "
+            f"{world.timeout_s:g} s behind. The checkpoints are intact; continue with --resume "
+            f"auto ({str(error).splitlines()[0]})"
+        ) from error
 
-        dist.destroy_process_group()
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """For a program's whole run: ranks beside the first print nothing but errors."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _connect(world: World, device: str) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     # Objects travel through gloo; on GPUs the weights and gradients through NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    with world.guarded(lambda: " when the run began"):
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=world.timeout_s))
+    timeout = datetime.timedelta(seconds=world.timeout_s)
+    with guarded(lambda: " when the run began"):
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun may keep its store over a restart, with the addresses of ranks that are gone.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _described(error: BaseException | None) -> tuple[type, str, int] | None:
@@ -155,7 +165,7 @@ def _rebuilt(rank: int, told: tuple[type, str, int]) -> BaseException:
     if kind is Interrupted:
         return Interrupted(signum)
     # Not through __init__: a subclass may take other arguments than its text.
-    error = kind.__new__(kind)
+    error: Exception = kind.__new__(kind)  # pyright: ignore[reportCallIssue]
     Exception.__init__(error, f"rank {rank}: {text}")
     return error
 

@@ -240,7 +240,10 @@ def test_a_run_serves_each_updates_weights_and_goes_on_after_its_server_died(
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
     assert (tmp_path / "run" / "checkpoint-2" / "MANIFEST.json").exists()
     other = serve()
-    train(run_config(folder, other, tmp_path, resume="auto"), tmp_path / "run", Recorder("run"))
+    resumed = run_config(folder, other, tmp_path, resume="auto")
+    free = {"concurrency": 1, "timeout_s": 60.0, "server_tokens": 500}
+    rollout = resumed.rollout.model_copy(update=free)
+    train(resumed.model_copy(update={"rollout": rollout}), tmp_path / "run", Recorder("run"))
     metrics = read_metrics(tmp_path / "run")
     assert [line["step"] for line in metrics] == [1, 2, 3]
     for line in metrics:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -15,7 +16,8 @@ import fastsd.vllm_rollout
 import fastsd.vllm_server
 from fastsd.interrupt import Interrupted, SignalGate
 from fastsd.model import load_policy
-from fastsd.sections import ModelConfig, RolloutConfig
+from fastsd.render import PromptRenderer
+from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.vllm_rollout import VllmSampler
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 
@@ -192,6 +194,17 @@ def test_opening_finds_wrong_settings_and_servers(policy, serve, tmp_path):
     gone.close()
     with pytest.raises(RolloutUnavailable, match="ConnectError.*Start them"):
         open_tiny(policy, tmp_path, [serve(), gone])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet():
+            connection, _ = other.accept()
+            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            connection.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        vllm = RolloutConfig(engine="vllm", servers=[f"http://127.0.0.1:{other.getsockname()[1]}"])
+        with pytest.raises(RolloutUnavailable, match="/v1/models: .*Error"):
+            VllmSampler(policy, PromptRenderer(policy.tokenizer, PromptConfig()), vllm, tmp_path)
     for url in ("localhost:8000", "ftp://x", "http://"):
         with pytest.raises(RolloutError, match="rollout.servers"):
             VllmSampler(policy, None, RolloutConfig(engine="vllm", servers=[url]), tmp_path)

@@ -214,6 +214,7 @@ def test_a_run_survives_the_death_of_its_critic(settings, tmp_path):
         seconds = time.monotonic() - server.died
         assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert ended.returncode == 3, ended.stderr
+    assert (run / "report.html").exists(), "a run that ends early has its page too"
     assert server.died and seconds < 10
     error = ended.stderr.splitlines()[-1]
     assert error.startswith("error: critic") and "Traceback" not in ended.stderr

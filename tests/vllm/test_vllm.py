@@ -43,7 +43,7 @@ def config_for(model, place, **sections) -> Config:
         "data": {"train": str(rows), "eval": str(rows)},
         "prompt": {"max_prompt_tokens": 256, "max_feedback_tokens": 256},
         "reward": {"function": "odd_reward:odd_lengths"},
-        "optim": {"steps": UPDATES, "lr": 1e-3},
+        "optim": {"steps": UPDATES, "lr": 3e-4},
         "eval": {"questions": 2, "samples": 2, "temperature": 0.7},
         "checkpoint": {"every": 0, "keep": 1},
     }

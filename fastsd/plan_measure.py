@@ -1,0 +1,114 @@
+"""The machine that this runs on as a hardware entry: its rates, measured at the model's shapes.
+
+A processor has no one rate for matrix products: thin ones are slower, and what decoding reads from
+memory differs from what lies in cache. So every product of the plan is timed (`plan_rates.py`),
+beside the loss head over a part of the vocabulary, attention over the group's own tree, an
+elementwise product, and layers so narrow that only their calls take time, in a forward and in the
+sampler's own loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastsd.plan_counts import Work
+from fastsd.plan_hardware import Seconds
+from fastsd.plan_model import ModelCounts
+from fastsd.plan_rates import (
+    Rate,
+    attention_rates,
+    decode_rates,
+    head_rate,
+    moved_rate,
+    operation_rate,
+    packed_rate,
+    product_rate,
+    stream_rate,
+    swept_rate,
+    times,
+    total,
+)
+from fastsd.plan_rows import Step
+from fastsd.plan_trace import Product
+
+
+@dataclass(frozen=True)
+class MeasuredCpu:
+    """Rates of this machine; `seconds` of any phase that they were measured for."""
+
+    products: dict[Product, Rate]  # a FLOP
+    head: Rate  # a FLOP of the loss head, its row sums included
+    packed: Rate  # a FLOP of a prefill
+    stream: Rate  # a byte of weights, read by a decode step
+    decode_step: Rate  # a step: its bookkeeping and its draws
+    decode_layer: Rate  # a layer of a step: its calls
+    layers: int
+    attention: tuple[Rate, Rate]  # a FLOP forward, backward
+    moved: Rate  # a byte of hidden states
+    swept: Rate  # a byte of the optimizer's state
+    operation: Rate
+
+    def seconds(self, work: Work) -> Seconds:
+        """The phase's range and its largest part."""
+        if work.phase.startswith("loss head"):
+            return Seconds(*times(self.head, work.flop), "compute")
+        if work.phase == "optimizer":
+            return Seconds(*times(self.swept, work.moved_bytes), "bandwidth")
+        parts = {
+            "compute": self._products(work),
+            "bandwidth": times(self.moved, work.moved_bytes),
+            "calls": times(self.operation, work.operations),
+        }
+        if work.phase.endswith("decode"):
+            parts["bandwidth"] = total([parts["bandwidth"], *self._streams(work)])
+            each = total([self.decode_step, times(self.decode_layer, self.layers)])
+            parts["calls"] = times(each, work.passes)
+        else:
+            backward = work.phase.endswith("backward")
+            attention = times(self.attention[backward], work.attention_flop)
+            parts["compute"] = total([parts["compute"], attention])
+        low, high = total(list(parts.values()))
+        return Seconds(low, high, max(parts, key=lambda name: parts[name].high))
+
+    def _products(self, work: Work) -> Rate:
+        if work.phase.endswith("decode"):
+            return Rate(0, 0)
+        prefill = work.phase.endswith("prefill")
+        return total(
+            [times(self.packed if prefill else self.products[u.product], u.flop)
+             for u in work.products]
+        )  # fmt: skip
+
+    def _streams(self, work: Work) -> list[Rate]:
+        weights = sum(use.bytes for use in work.products)
+        return [times(self.stream, weights), times(self.moved, work.attention_bytes)]
+
+
+def measure_cpu(model: ModelCounts, step: Step, works: Sequence[Work], dtype) -> MeasuredCpu:
+    """Measures in about three seconds what `works` need."""
+    roles = ("student", "teacher")
+    training = [use for work in works if work.phase.startswith(roles) for use in work.products]
+    rows = {use.product: max(1, round(use.tokens / max(use.passes, 1))) for use in training}
+    by_phase = {work.phase: work for work in works}
+    side_by_side = _rows(by_phase, "rollout decode")
+    per_step, per_layer = decode_rates(model, side_by_side, dtype)
+    return MeasuredCpu(
+        products={p: product_rate(p, n) for p, n in rows.items()},
+        head=head_rate(model, _rows(by_phase, "loss head forward"), step.teacher, dtype),
+        packed=packed_rate(model, _rows(by_phase, "rollout prefill"), dtype),
+        stream=stream_rate(model, side_by_side, dtype),
+        decode_step=per_step,
+        decode_layer=per_layer,
+        layers=model.layers,
+        attention=attention_rates(model, step, dtype),
+        moved=moved_rate(model, round(max(rows.values(), default=64)), dtype),
+        swept=swept_rate(model),
+        operation=operation_rate(),
+    )
+
+
+def _rows(works: Mapping[str, Work], phase: str) -> int:
+    """Of one call of a phase; one where it does not run here."""
+    work = works.get(phase)
+    return max(1, round(work.tokens / max(work.passes, 1))) if work else 1

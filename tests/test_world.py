@@ -1,0 +1,100 @@
+"""Ranks: what fails on one is raised on all, and one that does not answer ends the others' wait."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from torchrun import finished, torchrun
+
+from fastsd.interrupt import Interrupted, SignalGate
+from fastsd.types import FastsdError
+from fastsd.world import ALONE, World, guarded, open_world
+
+WORKER = Path(__file__).parent / "sharded_run_worker.py"
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    finished(torchrun(str(WORKER), "world", str(folder)))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_values_come_in_the_order_of_ranks(answers):
+    for answer in answers:
+        assert answer["gather"] == ["", "[0, 10]"]
+        assert answer["lead"] == ["", "from 0"]
+
+
+def test_an_error_on_one_rank_is_raised_on_all_with_its_class(answers):
+    own, others = answers[1]["fastsd"], answers[0]["fastsd"]
+    assert own == ["CriticUnavailable", "no reply"]
+    assert others == ["CriticUnavailable", "rank 1: no reply"]
+    assert answers[0]["config"][0] == "ConfigError" and "b: wrong" in answers[0]["config"][1]
+
+
+def test_a_defect_stays_one_where_it_is_and_ends_the_other(answers):
+    assert answers[0]["defect"] == ["ValueError", "a defect"]
+    assert answers[1]["defect"] == ["FastsdError", "rank 0: ValueError: a defect"]
+    assert answers[0]["lead fails"][0] == "ZeroDivisionError"
+    assert answers[1]["lead fails"][0] == "FastsdError"
+    assert answers[0]["both"][0] == "IndexError" and "rank 0: IndexError" in answers[1]["both"][1]
+
+
+@pytest.mark.parametrize("case", ["signalled", "signalled_alone"])
+def test_a_signal_to_one_rank_stops_all(answers, case):
+    assert [answer[case] for answer in answers] == [["Interrupted", "SIGTERM"]] * 2
+
+
+def test_a_rank_that_does_not_answer_ends_the_wait_with_what_to_do(answers):
+    kind, text = answers[0]["hung"]
+    assert kind == "RankLost"
+    for part in ("rank 0 of 2", "in phase 'test'", "parallel.timeout_s = 2 s", "--resume auto"):
+        assert part in text
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = open_world(1.0)
+    assert world is ALONE and world.leads and world.size == 1 and world.local_rank is None
+    assert world.together(lambda: 3) == [3] and world.lead(lambda: 4) == 4
+    with pytest.raises(ZeroDivisionError):
+        world.lead(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="gloo"), guarded():
+        raise RuntimeError("gloo in a message is not a lost rank where there is no other")
+
+
+@pytest.mark.parametrize("rank", [None, "one"])
+def test_half_of_torchruns_environment_is_refused(monkeypatch, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(FastsdError, match=r"WORLD_SIZE is set, but RANK.*torchrun"):
+        open_world(1.0)
+
+
+def test_torchrun_with_one_rank_is_one_process(monkeypatch):
+    monkeypatch.setattr("fastsd.world._opened", [])
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert open_world(1.0).gather("x") == ["x"]
+
+
+def test_the_gate_of_one_process_stays_as_it_is():
+    with SignalGate(ALONE) as gate, pytest.raises(Interrupted):
+        with gate.opened():
+            gate.agree()
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_rank_that_is_ending_takes_no_second_signal():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted), SignalGate(World(0, 2)):
+            raise Interrupted(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
