@@ -18,11 +18,13 @@ from fastsd.plan_model import ModelCounts
 from fastsd.plan_rates import (
     Rate,
     attention_rates,
+    decode_attention_rate,
     decode_rates,
     head_rate,
     moved_rate,
     operation_rate,
     packed_rate,
+    packing_rate,
     product_rate,
     stream_rate,
     swept_rate,
@@ -40,7 +42,10 @@ class MeasuredCpu:
     products: dict[Product, Rate]  # a FLOP
     head: Rate  # a FLOP of the loss head, its row sums included
     packed: Rate  # a FLOP of a prefill
+    packing: Rate  # a byte of weights, packed for a batch of rollouts
+    packed_bytes: float
     stream: Rate  # a byte of weights, read by a decode step
+    keys: Rate  # a byte of keys and values, read by a decode step
     decode_step: Rate  # a step: its bookkeeping and its draws
     decode_layer: Rate  # a layer of a step: its calls
     layers: int
@@ -61,7 +66,8 @@ class MeasuredCpu:
             "calls": times(self.operation, work.operations),
         }
         if work.phase.endswith("decode"):
-            parts["bandwidth"] = total([parts["bandwidth"], *self._streams(work)])
+            packing = times(self.packing, self.packed_bytes)
+            parts["bandwidth"] = total([parts["bandwidth"], packing, *self._streams(work)])
             each = total([self.decode_step, times(self.decode_layer, self.layers)])
             parts["calls"] = times(each, work.passes)
         else:
@@ -82,7 +88,7 @@ class MeasuredCpu:
 
     def _streams(self, work: Work) -> list[Rate]:
         weights = sum(use.bytes for use in work.products)
-        return [times(self.stream, weights), times(self.moved, work.attention_bytes)]
+        return [times(self.stream, weights), times(self.keys, work.attention_bytes)]
 
 
 def measure_cpu(model: ModelCounts, step: Step, works: Sequence[Work], dtype) -> MeasuredCpu:
@@ -97,6 +103,9 @@ def measure_cpu(model: ModelCounts, step: Step, works: Sequence[Work], dtype) ->
         products={p: product_rate(p, n) for p, n in rows.items()},
         head=head_rate(model, _rows(by_phase, "loss head forward"), step.teacher, dtype),
         packed=packed_rate(model, _rows(by_phase, "rollout prefill"), dtype),
+        packing=packing_rate(model, dtype),
+        packed_bytes=_packed_bytes(model),
+        keys=decode_attention_rate(model, step, side_by_side, dtype),
         stream=stream_rate(model, side_by_side, dtype),
         decode_step=per_step,
         decode_layer=per_layer,
@@ -106,6 +115,13 @@ def measure_cpu(model: ModelCounts, step: Step, works: Sequence[Work], dtype) ->
         swept=swept_rate(model),
         operation=operation_rate(),
     )
+
+
+def _packed_bytes(model: ModelCounts) -> float:
+    """Of the linear layers and the head; experts are not packed."""
+    plain = [(p, times) for p, times in model.forward.products if p.experts == 1]
+    weights = sum(p.outer * p.inner * times for p, times in [*plain, (model.head, 1)])
+    return float(model.width * weights)
 
 
 def _rows(works: Mapping[str, Work], phase: str) -> int:

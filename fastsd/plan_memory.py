@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 from fastsd.plan_model import ModelCounts
 from fastsd.plan_rows import Step, packs
-from fastsd.sections import TeacherConfig
 
 # Freed blocks that nothing later fits into, and the runtime: libraries, CUDA context, NCCL.
 SLACK = 0.10
@@ -72,10 +71,6 @@ class Memory:
 
     def _on_top(self, moment: str) -> float:
         return sum(getattr(self, moment).values())
-
-
-def site_of(kind: str, ranks: int, inprocess: bool, teacher: TeacherConfig, teaches: bool) -> Site:
-    return Site(kind, ranks, inprocess, teacher.kind, teaches)
 
 
 def memory(model: ModelCounts, step: Step, site: Site) -> Memory:

@@ -28,6 +28,7 @@ from fastsd.plan_model import ModelCounts
 from fastsd.plan_rows import Step
 from fastsd.plan_trace import Product, count_operations
 from fastsd_kernels import (
+    PrefixDecodeCache,
     PrefixTree,
     fused_linear_loss,
     native_library,
@@ -51,11 +52,6 @@ class Rate(NamedTuple):
 
     low: float
     high: float
-
-
-def measured_tflops(dtype: torch.dtype, size: int = 1024) -> float:
-    """1e12 FLOP/s of a square product through the code that trains."""
-    return 1e-12 / product_rate(Product(size, size, 1, dtype.itemsize), size).low
 
 
 def product_rate(product: Product, tokens: int) -> Rate:
@@ -125,6 +121,37 @@ def head_rate(model: ModelCounts, rows: int, teacher: str, dtype: torch.dtype) -
     products = 2 + taught + model.head_trainable
     flop = 2 * products * rows * model.hidden * vocabulary
     return _rate(lambda: fused_linear_loss(hidden[0], head_VD, target_T, **options), flop)
+
+
+def packing_rate(model: ModelCounts, dtype: torch.dtype) -> Rate:
+    """Of bringing a weight into the form that decoding reads, once for each batch of rollouts."""
+    product = max((p for p, _ in model.forward.products), key=lambda p: p.flop)
+    rows = max(1, min(product.outer, int(_MOST_BYTES / 8 / product.inner / model.width)))
+    layer = _packed(rows, product.inner, dtype)
+    if not isinstance(layer, PackedLinear):
+        return Rate(0.0, 0.0)
+    return _rate(layer.repack, rows * product.inner * model.width)
+
+
+def decode_attention_rate(model: ModelCounts, step: Step, rows: int, dtype: torch.dtype) -> Rate:
+    """Of a byte of keys and values in one layer, halfway through the responses of one question."""
+    at = step.lengths
+    rows, length = min(rows, at.samples), max(1, at.response // 2)
+    question = min(at.question, _MOST_TREE_ROWS)
+    length = min(length, _MOST_TREE_ROWS)
+    shape = (model.kv_heads, model.head_dim)
+    cache = PrefixDecodeCache(1, *shape, rows, length + 1, dtype, "cpu")
+    prompt = torch.randn(2, model.kv_heads, question, model.head_dim, dtype=dtype)
+    cache.admit(0, [(prompt[0], prompt[1])])
+    query_BNH = torch.randn(rows, model.heads, model.head_dim, dtype=dtype)
+    key_BKH, value_BKH = torch.randn(2, rows, *shape, dtype=dtype)
+    slot_B, zero_B = np.arange(rows), np.zeros(rows, np.int64)
+
+    def run() -> None:
+        cache.begin(slot_B, zero_B, zero_B + length)
+        cache.attend(0, query_BNH, key_BKH, value_BKH, model.head_dim**-0.5)
+
+    return _rate(run, 2 * key_BKH[0].nbytes * (question + rows * length))
 
 
 def attention_rates(model: ModelCounts, step: Step, dtype: torch.dtype) -> tuple[Rate, Rate]:
@@ -237,12 +264,13 @@ def _sampler_rate(model: ModelCounts, rows: int, dtype: torch.dtype, layers: int
 
 
 def _rate(run: Callable[[], object], units: float, seconds: float = 0.06) -> Rate:
-    """Seconds a unit over `_ROUNDS` rounds, after one that is not counted."""
+    """Seconds a unit over some rounds, fewer of slow ones, after one that is not counted."""
     start = time.process_time()
     run()
-    calls = max(1, round(seconds / _ROUNDS / max(time.process_time() - start, 1e-6)))
+    first = max(time.process_time() - start, 1e-6)
+    calls, rounds = max(1, round(seconds / _ROUNDS / first)), _ROUNDS if first < seconds / 2 else 2
     found = []
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         start = time.process_time()
         for _ in range(calls):
             run()

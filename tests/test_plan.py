@@ -41,7 +41,7 @@ def llama(folders) -> ModelCounts:
 # -- hardware -------------------------------------------------------------------------------------
 
 
-def test_the_table_is_complete_and_in_the_packages_data():
+def test_the_table_is_complete_and_names_its_sources():
     rows = tomllib.loads(TABLE.read_text())
     assert {"H100", "H200", "A100", "L40S", "RTX4090", "B200", "MI300X"} <= set(rows)
     text = TABLE.read_text()
