@@ -135,7 +135,9 @@ def planned(folder: Path, run: Run) -> dict[str, Any]:
         config = config.model_copy(update={"condition": "sibling"})
     (folder / "plan.toml").write_text(dump_toml(config))
     at = run.configuration.lengths
-    lengths = {"question": at.question, "feedback": at.feedback, "response": at.response}
+    lengths = {"question": at.question, "response": at.response}
+    if run.condition != "grpo":
+        lengths["feedback"] = at.feedback
     flags = [word for name, value in lengths.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "fastsd.plan", str(folder / "plan.toml"), "--hardware", "cpu"]
     environment = os.environ | allocator_settings() | {"OMP_NUM_THREADS": "1"}

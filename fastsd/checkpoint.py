@@ -7,7 +7,7 @@ earlier checkpoints untouched and at most a temporary folder, which loading igno
 save removes. A checkpoint is never overwritten, and older ones go only after the new one verified.
 
     run/checkpoint-10/            a Hugging Face folder: `AutoModelForCausalLM.from_pretrained`
-    run/checkpoint-10/trainer/    state.safetensors (tensors), state.json (everything else)
+    run/checkpoint-10/trainer/    tensors (`sharded_checkpoint`), state.json (everything else)
     run/checkpoint-10/MANIFEST.json
 
 Only safetensors and JSON: a checkpoint with a pickle in it is neither written nor read.
@@ -16,6 +16,7 @@ The manifest guards against faults, not against someone who can write into the r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,23 +24,24 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastsd.sharded_checkpoint import SavedTensors
+from fastsd.sharded_checkpoint import SavedTensors, write_tensors
 from fastsd.types import CheckpointError
+from fastsd.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
-TENSORS = "trainer/state.safetensors"
-STATE = "trainer/state.json"
+TRAINER = "trainer"
+STATE = f"{TRAINER}/state.json"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".checkpoint-{step}.tmp"
@@ -60,52 +62,66 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     save_model: Callable[[Path], None],
-    tensors: Mapping[str, Tensor] | Path,
+    tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    world: World = ALONE,
 ) -> Path:
-    """Write run_dir/checkpoint-STEP and delete all but the `keep` newest up to it.
+    """Write run_dir/checkpoint-STEP and delete all but the `keep` newest up to it: collective.
 
-    `save_model(folder)` writes the Hugging Face files. `tensors` keep their dtype; a path is their
-    safetensors file, in run_dir already, and is moved into the checkpoint. `state` holds
-    None, bool, int, finite float, str, lists and dicts with str keys, which JSON gives back
-    exactly; tuples come back as lists.
+    `tensors`: each rank's part; they keep their dtype. The rest is rank 0's: `save_model(folder)`
+    writes the Hugging Face files; `state` holds None, bool, int, finite float, str, lists and dicts
+    with str keys, which JSON gives back exactly; tuples come back as lists.
     If the step is on disk already with the same tensors, that one is kept and returned: it differs
     at most in rollouts taken since, which a resumed run repeats. A damaged one is renamed to
     checkpoint-STEP.damaged1 (2, ...).
-    Raises CheckpointError, the earlier checkpoints intact, when the disk is full or fails, when
-    `state` does not fit JSON, or when a valid checkpoint of that step holds other tensors.
+    Raises CheckpointError on every rank, the earlier checkpoints intact, when the disk is full or
+    fails, when `state` does not fit JSON, or when a valid checkpoint of that step holds others.
     """
-    _check_json(state, "state")
     place = Path(run_dir) / f"checkpoint-{step}"
     temporary = place.with_name(_TEMPORARY.format(step=step))
     try:
-        _remove_leftovers(place.parent)
-        _write(temporary, step, save_model, tensors, state)
-        if _make_room(place, temporary):
-            os.rename(temporary, place)
-            _sync(place.parent)
-    except Exception as error:
-        # tokenizers' writer, in Rust, raises a bare Exception where Python raises OSError.
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
-            raise
-        raise CheckpointError(
-            f"could not save {place}: {error}. Earlier checkpoints are intact; free disk space "
-            "(or lower checkpoint.keep) and continue with --resume auto"
-        ) from error
+        world.lead(lambda: _begin(place, temporary, save_model, state))
+        with _explained(place):
+            write_tensors(temporary / TRAINER, tensors, world)
+        world.lead(lambda: _finish(place, temporary, step))
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    verify(place)
-    _rotate(place.parent, step, keep)
+        if world.leads:
+            shutil.rmtree(temporary, ignore_errors=True)
+    world.lead(lambda: _rotate(place, step, keep))
     return place
 
 
-def load_latest(run_dir: Path) -> LoadedCheckpoint | None:
+def load_latest(run_dir: Path, world: World = ALONE) -> LoadedCheckpoint | None:
     """The newest checkpoint of run_dir that verifies, or None where there is none at all.
 
+    Of many ranks, which call this together, the first verifies: one reading of all files is enough.
     Each one that does not verify is passed over with one warning that says why.
-    Raises CheckpointError when there are checkpoints but none is valid.
+    Raises CheckpointError when there are checkpoints but none is valid, or when ranks see others.
     """
+    newest = world.lead(lambda: _newest_valid(Path(run_dir)))
+    seen = world.gather(_manifests(run_dir))
+    other = next((rank for rank, manifests in enumerate(seen) if manifests != seen[0]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{run_dir}: rank 0 finds {', '.join(seen[0]) or 'no checkpoint'} there, rank {other} "
+            f"{', '.join(seen[other]) or 'none'}, or others of that name; the run folder must be "
+            "one that all ranks share"
+        )
+    if newest is None:
+        return None
+    step, path = newest
+    opened: list[LoadedCheckpoint] = []
+
+    def read() -> None:
+        state = json.loads((path / STATE).read_bytes())
+        opened.append(LoadedCheckpoint(path, step, SavedTensors(path / TRAINER), state))
+
+    world.together(read)
+    return opened[0]
+
+
+def _newest_valid(run_dir: Path) -> tuple[int, Path] | None:
     found = checkpoints(run_dir)
     for step, path in found:
         try:
@@ -113,8 +129,7 @@ def load_latest(run_dir: Path) -> LoadedCheckpoint | None:
         except CheckpointError as reason:
             log.warning("%s; trying the checkpoint before it", reason)
             continue
-        state = json.loads((path / STATE).read_bytes())
-        return LoadedCheckpoint(path, step, SavedTensors(path / TENSORS), state)
+        return step, path
     if found:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {run_dir} is valid; restore one from a "
@@ -131,6 +146,12 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(((int(m[1]), p) for m, p in matches if m and p.is_dir()), reverse=True)
 
 
+def _manifests(run_dir: Path) -> dict[str, str]:
+    """What tells the checkpoints of a run folder from others of the same names."""
+    listed = {path.name: path / MANIFEST for _, path in checkpoints(run_dir)}
+    return {name: _sha256(file) for name, file in listed.items() if file.is_file()}
+
+
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest. Reads all of it once.
 
@@ -145,20 +166,44 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is not valid: {reason}")
 
 
-def _write(
-    temporary: Path,
-    step: int,
-    save_model: Callable[[Path], None],
-    tensors: Mapping[str, Tensor] | Path,
-    state: Mapping[str, Any],
+@contextlib.contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """What a full or broken disk raises inside is raised as CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        # tokenizers' writer, in Rust, raises a bare Exception where Python raises OSError.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        raise CheckpointError(
+            f"could not save {place}: {error}. Earlier checkpoints are intact; free disk space "
+            "(or lower checkpoint.keep) and continue with --resume auto"
+        ) from error
+
+
+def _begin(
+    place: Path, temporary: Path, save_model: Callable[[Path], None], state: Mapping[str, Any]
 ) -> None:
-    (temporary / "trainer").mkdir(parents=True)
-    save_model(temporary)
-    if isinstance(tensors, Path):
-        os.rename(tensors, temporary / TENSORS)
-    else:
-        save_file(_separate(tensors), temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+    _check_json(state, "state")
+    with _explained(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for path in place.parent.glob(_TEMPORARY.format(step="*")):
+            shutil.rmtree(path)
+        (temporary / TRAINER).mkdir(parents=True)
+        save_model(temporary)
+        (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+
+
+def _finish(place: Path, temporary: Path, step: int) -> None:
+    with _explained(place):
+        _write_manifest(temporary, step)
+        if _make_room(place, temporary):
+            os.rename(temporary, place)
+            _sync(place.parent)
+
+
+def _write_manifest(temporary: Path, step: int) -> None:
+    """Syncs everything, and lists it."""
     files = _files(temporary)
     for name in files:
         if Path(name).suffix in _PICKLES:
@@ -180,7 +225,7 @@ def _make_room(place: Path, temporary: Path) -> bool:
         return True
     reason = _fault(place)
     if reason is None:
-        if _sha256(place / TENSORS) == _sha256(temporary / TENSORS):
+        if _same_tensors(place / TRAINER, temporary / TRAINER):
             return False
         raise CheckpointError(
             f"{place} exists, is valid and holds other weights; it is not overwritten. Continue "
@@ -194,23 +239,27 @@ def _make_room(place: Path, temporary: Path) -> bool:
     return True
 
 
-def _rotate(run_dir: Path, newest: int, keep: int) -> None:
-    """Delete what is older than the `keep` newest up to step `newest`.
+def _same_tensors(folder: Path, other: Path) -> bool:
+    """Compares content, one tensor at a time: another number of ranks writes other files."""
+    ours, theirs = SavedTensors(folder), SavedTensors(other)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours.whole(name), theirs.whole(name))
+        for name in ours
+    )
+
+
+def _rotate(place: Path, newest: int, keep: int) -> None:
+    """Verify `place`, of step `newest`; then delete what is older than the `keep` newest up to it.
 
     Later steps are left alone: after a fall-back they are the damaged ones that were passed over.
     """
-    older = [path for step, path in checkpoints(run_dir) if step <= newest]
+    verify(place)
+    older = [path for step, path in checkpoints(place.parent) if step <= newest]
     for path in older[max(1, keep) :]:
         # A rename first: a kill halfway leaves a temporary, not a checkpoint that looks damaged.
         condemned = path.with_name(f".{path.name}.tmp")
         os.rename(path, condemned)
         shutil.rmtree(condemned)
-
-
-def _remove_leftovers(run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for path in run_dir.glob(_TEMPORARY.format(step="*")):
-        shutil.rmtree(path)
 
 
 def _fault(path: Path) -> str | None:
@@ -228,8 +277,12 @@ def _fault(path: Path) -> str | None:
         known = (manifest["format"], f"checkpoint-{manifest['step']}") == (_FORMAT, path.name)
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
-    if not known or raw != _canonical(manifest) or not {TENSORS, STATE} <= set(entries):
+    if not known or raw != _canonical(manifest) or STATE not in entries:
         return f"{MANIFEST} is damaged, or belongs to another step or version"
+    # The trainer's tensors are read from whatever files are there.
+    strange = sorted(n for n in files if n.startswith(f"{TRAINER}/") and n not in entries)
+    if strange:
+        return f"{strange[0]} is not in {MANIFEST}; remove the file"
     for name, (size, sha256) in entries.items():
         # Names are only looked up among the files that are there: never joined into a path.
         if name not in files:
@@ -249,17 +302,6 @@ def _files(folder: Path) -> dict[str, Path]:
         for p in folder.rglob("*")
         if p.is_file() and not p.is_symlink()
     }
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors without shared storage, which safetensors refuses."""
-    separate, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return separate
 
 
 def _check_json(value: Any, where: str) -> None:

@@ -22,20 +22,21 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
-        return _product(x_TK, weight_NK, bias_N)
+        return onednn_product(x_TK, weight_NK, bias_N)
 
     @staticmethod
     def backward(ctx, grad_TN: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TK, weight_NK = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            _product(grad_TN, weight_NK.T) if for_x else None,
-            _product(grad_TN.T, x_TK.T) if for_weight else None,
+            onednn_product(grad_TN, weight_NK.T) if for_x else None,
+            onednn_product(grad_TN.T, x_TK.T) if for_weight else None,
             grad_TN.sum(0) if for_bias else None,
         )
 
 
-def _product(left_TK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def onednn_product(left_TK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """left right^T + bias, [T, N]: fp32 on a CPU, see `takes_onednn`."""
     return torch.ops.mkldnn._linear_pointwise(left_TK, right_NK, bias_N, "none", [], "")
 
 

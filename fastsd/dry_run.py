@@ -2,12 +2,14 @@
 
 Resolves the configuration, loads model and data, renders one student and one teacher prompt with
 the part they share marked, runs the longest row forward and backward, estimates memory, and names
-the implementation of each operation.
+the implementation of each operation. Under torchrun every rank runs that row, and the figures are
+those of a rank.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,17 +48,33 @@ def _dry_run_condition(session: Session) -> None:
     _print_prompts(session, sample)
     before = peak_memory_mib(session.policy.device)
     start = time.perf_counter()
-    update(session, [sample])
+    update(session, _for_each_rank(session, sample))
     seconds = time.perf_counter() - start
     grown = peak_memory_mib(session.policy.device) - before
+    measured = session.world.gather((seconds, grown, memory_estimate(session)))
+    seconds, grown = (max(values) for values in zip(*((s, g) for s, g, _ in measured), strict=True))
+    each = " on every rank" if session.world.size > 1 else ""
     response = len(sample.rollout.response_ids)
     print(
         f"longest row: prompt {len(sample.student_ids)}, with feedback "
-        f"{len(sample.teacher_ids or ())}, response {response} tokens: one update in "
+        f"{len(sample.teacher_ids or ())}, response {response} tokens: one update{each} in "
         f"{seconds:.2f} s, peak memory +{grown:.0f} MiB"
     )
-    for part, mebibytes in memory_estimate(session).items():
-        print(f"memory, {part}: {mebibytes:.1f} MiB")
+    for part in memory_estimate(session):
+        print(f"memory, {part}: {_on_ranks([parts[part] for _, _, parts in measured])}")
+
+
+def _for_each_rank(session: Session, sample: Sample) -> list[Sample]:
+    """The sample once for every rank, as questions of their own, so that each computes it."""
+    prompt = sample.rollout.prompt
+    copies = [replace(prompt, id=f"{prompt.id}, {n}") for n in range(session.world.size)]
+    return [replace(sample, rollout=replace(sample.rollout, prompt=copy)) for copy in copies]
+
+
+def _on_ranks(mebibytes: Sequence[float]) -> str:
+    least, most = f"{min(mebibytes):.1f}", f"{max(mebibytes):.1f}"
+    each = f" on each of {len(mebibytes)} ranks" if len(mebibytes) > 1 else ""
+    return f"{most if least == most else f'{least} to {most}'} MiB{each}"
 
 
 def _longest_sample(session: Session, prompt: Prompt) -> Sample:
@@ -106,7 +124,7 @@ def memory_estimate(session: Session) -> dict[str, float]:
     copies = [m for p, m in zip(trainable, masters, strict=True) if m is not p]
     teacher = session.teacher.policy if session.teacher else session.policy
     copied = teacher is not session.policy
-    return {
+    estimate = {
         "weights": mebibytes(session.policy.model.parameters()),
         "fp32 masters": mebibytes(copies),
         "optimizer moments": 2 * mebibytes(masters),
@@ -114,3 +132,10 @@ def memory_estimate(session: Session) -> dict[str, float]:
         "teacher copy": mebibytes(teacher.model.parameters()) if copied else 0.0,
         "loss head scratch, at most": 256.0 if session.policy.device.type == "cpu" else 1024.0,
     }
+    if session.teacher and session.config.teacher.kind == "ema":
+        estimate["teacher's average"] = mebibytes(session.teacher.state_tensors().values())
+    if session.world.size > 1:
+        numbers = sum(parameter.numel() for parameter in session.policy.model.parameters())
+        gathered = numbers * session.policy.dtype.itemsize / _MIB
+        estimate["all weights, while responses are sampled"] = gathered
+    return estimate

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fastsd.config import Config
     from fastsd.evaluate import EvalResult
 
+_LOCALISATION = "localisation.json"
+
 
 def run_experiment(invocation: Invocation) -> None:
     """Runs everything the invocation asks for, prints the table, writes summary and report."""
@@ -112,6 +114,9 @@ def _prepare(
     with session.gate:
         session.evaluate_if_due()
         [(_, base), *_] = lead(lambda: read_evaluations(run_dir))
+        if not lead((run_dir / _LOCALISATION).exists):
+            # A resumed run did not evaluate, and one rank cannot give servers their weights.
+            session.sampler.update_weights(session.step, weights=session.weights)
         with session.weights.gathered():
             names = [child.condition for child in children]
             where = lead(lambda: _localisation(session, run_dir, names))
@@ -127,7 +132,7 @@ def _localisation(
     session: Session, run_dir: Path, conditions: list[str]
 ) -> dict[str, Localisation]:
     """What the folder has, or else what is measured now."""
-    found = run_dir / "localisation.json"
+    found = run_dir / _LOCALISATION
     if not found.exists():
         with session.gate.opened():
             _measure(session, run_dir, conditions)
@@ -146,7 +151,7 @@ def _measure(session: Session, run_dir: Path, conditions: list[str]) -> None:
         write_figures(run_dir, views)
         write_views(run_dir / FILE, choose_rollouts(views, session.config.report.rollouts))
     text = json.dumps({name: one.to_json() for name, one in measured.items()}, indent=2)
-    replace_text(run_dir / "localisation.json", text)
+    replace_text(run_dir / _LOCALISATION, text)
 
 
 def _read_localisation(path: Path) -> dict[str, Localisation]:

@@ -161,7 +161,8 @@ def open_filter(config: Config, request: Request) -> tuple[Filter, list[Prompt]]
 
 
 def _questions(config: Config, task, rows: int | None) -> list[Prompt]:
-    from fastsd.data import TaskSource, read_prompts
+    from fastsd.data import TaskSource
+    from fastsd.data_files import read_prompts
 
     if config.data.train:
         needs = {"answer": "a question without one cannot be filtered by who solves it"}

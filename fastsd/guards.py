@@ -3,7 +3,7 @@
 **Spikes.** OLMo's rule (arXiv 2501.00656): an update is skipped whose gradient norm or loss lies
 more than `spike_sigma` standard deviations (of a sample, n - 1) above the mean of the last
 `spike_window` values. The spike itself enters the window, so that a lasting shift of the level is
-accepted after 4 of 128 updates, however large it is. Ours is taken in logarithms: norms are
+accepted after 4 of 128 updates, rarely 5, however large. Ours is taken in logarithms: norms are
 right-skewed (log-normal with sigma 0.3 passes 6 sigma of the plain rule 19 times in 10^5 healthy
 updates, in logarithms never), and it waits for a full window, OLMo for half of one. A loss is
 judged only where it and its window are positive, as divergences are: the policy term is a sum of

@@ -25,7 +25,6 @@ from fastsd.feedback import FeedbackMaker
 from fastsd.layout import Sample
 from fastsd.types import StepMetrics
 from fastsd.world import World
-from fastsd_kernels import fused_linear_loss
 from fastsd_kernels.loss_head import LossHeadOutput
 
 if TYPE_CHECKING:
@@ -69,9 +68,9 @@ def loss_head(
     session: Session,
 ) -> LossHeadOutput:
     """The fused loss head on one micro-batch; `samples` in the order of the hidden states."""
-    config, policy, device = session.config, session.policy, student_TD.device
+    config, device = session.config, student_TD.device
     target_T = torch.tensor([i for s in samples for i in s.rollout.response_ids], device=device)
-    options: dict = dict(policy.head_options(), temperature=config.rollout.temperature)
+    options: dict = {"temperature": config.rollout.temperature}
     if teacher_TD is not None and session.teacher is not None:
         with_teacher = [float(s.teacher_ids is not None and not s.dropped) for s in samples]
         options |= {
@@ -93,7 +92,7 @@ def loss_head(
     if weights.entropy:
         ones = [float(not sample.dropped) for sample in samples]
         options["entropy_weight_T"] = _per_token(ones, samples, device) * weights.entropy
-    return fused_linear_loss(student_TD, policy.head_VD, target_T, impl=config.loss.impl, **options)
+    return session.weights.loss_head(student_TD, target_T, options)
 
 
 def _per_token(values: Sequence[float], samples: Sequence[Sample], device) -> Tensor:

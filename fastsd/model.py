@@ -22,7 +22,13 @@ from transformers.utils import logging as transformers_logging
 from fastsd import attention
 from fastsd.cpu_linear import takes_onednn, use_onednn
 from fastsd.packing import Pack, PrefixKeys, longest_path, pack_trees
-from fastsd.refusals import ModelError, check_length, refuse_sinks, refuse_unsupported
+from fastsd.refusals import (
+    ModelError,
+    check_length,
+    refuse_adapted_head,
+    refuse_sinks,
+    refuse_unsupported,
+)
 from fastsd.sections import LoraConfig, ModelConfig
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import PrefixDecodeCache
@@ -229,6 +235,18 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
     refuse_sinks(model)
     model = model.to(device)
     _switch_dropout_off(model)
+    model = prepare_training(model, config)
+    use_onednn(model)
+    policy = Policy(model.eval(), tokenizer, checkpoints=config.gradient_checkpointing)
+    policy.try_out()
+    return policy
+
+
+def prepare_training(model: Any, config: ModelConfig) -> Any:
+    """A Hugging Face causal LM as it is trained: adapters added, parts frozen, checkpoints on.
+
+    Raises ModelError for patterns that match nothing, or leave nothing to train.
+    """
     if config.lora is not None:
         model = _add_lora(model, config.lora)
     _freeze(model, config.freeze)
@@ -237,10 +255,7 @@ def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
         new_name = hasattr(model, "activation_checkpointing_enable")
         enable = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, enable)({"use_reentrant": False})
-    use_onednn(model)
-    policy = Policy(model.eval(), tokenizer, checkpoints=config.gradient_checkpointing)
-    policy.try_out()
-    return policy
+    return model
 
 
 def model_path(name: str) -> str:
@@ -280,9 +295,11 @@ def _add_lora(model, config: LoraConfig):
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules: {error}") from error
+    refuse_adapted_head(adapted)
+    return adapted
 
 
 def _freeze(model, patterns: Sequence[str]) -> None:

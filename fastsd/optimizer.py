@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastsd.sections import OptimConfig
-from fastsd.shards import like, local
+from fastsd.sharded_checkpoint import copy_into
+from fastsd.shards import local
 from fastsd.types import CheckpointError, FastsdError, TrainingDiverged
 from fastsd.world import ALONE, World
 
@@ -196,19 +197,16 @@ class Optimizer:
                 raise CheckpointError(_mismatch(name, "is not a trainable parameter of this model"))
             wanted.update({f"{key}/{name}": self.masters[name] for key in _MOMENTS})
         _check_tensors(wanted, tensors)
-        for name, master in self.masters.items():
-            master.copy_(like(tensors[f"master/{name}"], master))
-            if self.parameters[name] is not master:
-                self.parameters[name].copy_(master)
         self._adamw.state.clear()
         for name, count in updates.items():
             master = self.masters[name]
-            restored = {
-                key: like(tensors[f"{key}/{name}"], master).to(master.device, copy=True)
-                for key in _MOMENTS
-            }
+            moments = {key: torch.empty_like(master) for key in _MOMENTS}
             step = torch.tensor(float(count), dtype=torch.float32, device=master.device)
-            self._adamw.state[master] = {"step": step, **restored}
+            self._adamw.state[master] = {"step": step, **moments}
+        copy_into(self.state_tensors(), tensors)
+        for name, master in self.masters.items():
+            if self.parameters[name] is not master:
+                self.parameters[name].copy_(master)
         self.calls = state["calls"]
         self.nonfinite_steps = state["nonfinite_steps"]
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]

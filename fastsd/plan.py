@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastsd.cli import for_condition, load_config
         from fastsd.feedback import conditions_of
         from fastsd.plan_hardware import PlanError
-        from fastsd.plan_step import make_plan
+        from fastsd.plan_step import make_plan, refuse_contradictions
 
         asked = _asked(arguments)
         config = load_config(rest).config
+        refuse_contradictions(config, asked)
         _set_threads(config.threads)
         plans = [make_plan(for_condition(config, name), asked) for name in conditions_of(config)]
         if arguments.json:
@@ -138,7 +139,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
     return {
         "condition": plan.condition,
         "hardware": plan.hardware,
-        "ranks": plan.ranks,
+        "ranks": plan.site.ranks,
+        "loss_head": {"layout": plan.site.head, "why": plan.site.why},
         "model": {
             name: getattr(plan.model, name)
             for name in ("name", "parameters", "trainable", "layers", "hidden", "vocabulary")

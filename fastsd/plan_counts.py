@@ -11,7 +11,6 @@ D hidden, V vocabulary, N heads, H head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,9 +22,18 @@ from fastsd.plan_trace import Pass, Product
 _PREFILL_TOKENS = 16384
 # A parameter's bytes in an AdamW step, fp32: the norm and the clipping (12), then gradient, master
 # and both moments read and the last three written (28); a bf16 model's casts and copies (10).
-_ADAMW_BYTES, _CAST_BYTES = 40, 10
-# Bytes that row kernels move for a logit of each stream, forward and backward (LOG.md: 30 a pair).
-_LOGIT_BYTES = (8, 7)
+ADAMW_BYTES, _CAST_BYTES = 40, 10
+
+
+class LogitBytes(NamedTuple):
+    """Read and written for a logit of each stream beside its products."""
+
+    forward: int
+    backward: int
+
+
+# Of row kernels (LOG.md: 30 a pair).
+_LOGIT_BYTES = LogitBytes(8, 7)
 
 
 class Use(NamedTuple):
@@ -50,8 +58,9 @@ class Use(NamedTuple):
 class Work:
     """One phase of one rank.
 
-    moved_bytes: of everything that is neither a product nor attention. operations: calls on the
-    device. link_bytes: received from other ranks. width: bytes of attention's elements.
+    moved_bytes: of everything that is neither a product nor attention; swept_bytes: of what is as
+    large as weights. operations: calls on the device. link_bytes: received from other ranks.
+    width: bytes of attention's elements.
     """
 
     phase: str
@@ -59,6 +68,7 @@ class Work:
     attention_flop: float = 0
     attention_bytes: float = 0
     moved_bytes: float = 0
+    swept_bytes: float = 0
     operations: float = 0
     link_bytes: float = 0
     tokens: float = 0
@@ -73,7 +83,7 @@ class Work:
     def bytes(self) -> float:
         """Read from and written to memory."""
         products = sum(use.bytes for use in self.products)
-        return products + self.attention_bytes + self.moved_bytes
+        return products + self.attention_bytes + self.moved_bytes + self.swept_bytes
 
 
 def count_step(model: ModelCounts, step: Step) -> list[Work]:
@@ -87,12 +97,15 @@ def count_step(model: ModelCounts, step: Step) -> list[Work]:
     backward = network(model, "student backward", student, model.backward, 10)
     if model.checkpoints:  # attention runs again too
         backward = replace(backward, attention_flop=backward.attention_flop * 1.4)
+    if model.tied and model.head_trainable:  # its gradient and the embedding's are added
+        both = 3 * model.width * model.head_weights * calls
+        backward = replace(backward, swept_bytes=backward.swept_bytes + both)
     responses = step.questions * at.samples * at.response
     return [
         *generation(model, step, "rollout"),
         network(model, "student forward", forward, model.forward, 4),
         network(model, "teacher forward", teacher, model.forward, 4),
-        *_head(model, responses, calls, 2 if step.teacher != "none" else 1),
+        *head_works(model, responses, calls, streams(step), model.vocabulary, _LOGIT_BYTES),
         backward,
         _optimizer(model, calls),
     ]
@@ -108,7 +121,8 @@ def network(model: ModelCounts, phase: str, rows: Rows, through: Pass, pair_flop
         tuple(Use(p, times, rows.tokens, rows.passes) for p, times in through.products),
         attention_flop=pair_flop * model.layers * model.heads * model.head_dim * rows.pairs,
         attention_bytes=pair_flop / 4 * elements * model.width * rows.tokens,
-        moved_bytes=through.bytes_a_token * rows.tokens + through.bytes_a_pass * rows.passes,
+        moved_bytes=through.bytes_a_token * rows.tokens,
+        swept_bytes=through.bytes_a_pass * rows.passes,
         operations=through.operations * rows.passes,
         tokens=rows.tokens,
         passes=rows.passes,
@@ -143,59 +157,42 @@ def generation(model: ModelCounts, step: Step, role: str) -> list[Work]:
     ]
 
 
-def _head(model: ModelCounts, responses: float, calls: float, streams: int) -> list[Work]:
+def streams(step: Step) -> int:
+    """Of hidden states that meet the head: the student's, and the teacher's where there is one."""
+    return 2 if step.teacher != "none" else 1
+
+
+def head_works(
+    model: ModelCounts,
+    rows: float,
+    calls: float,
+    streams: int,
+    vocabulary: int,
+    logit_bytes: LogitBytes,
+) -> list[Work]:
     """Logits of student and teacher; then d hidden and, where it is trained, d head."""
-    logits = streams * responses * model.vocabulary
-    d_hidden = Product(model.hidden, model.vocabulary, 1, model.width)
-    d_head = model.head._replace(sums_rows=True)
+    logits = streams * rows * vocabulary
+    head = model.head._replace(outer=vocabulary)
+    d_hidden = Product(model.hidden, vocabulary, 1, model.width)
+    d_head = head._replace(sums_rows=True)
     backward = (d_hidden, d_head) if model.head_trainable else (d_hidden,)
     return [
         Work(
             f"loss head {way}",
-            tuple(Use(product, times, responses, calls) for product, times in uses),
+            tuple(Use(product, times, rows, calls) for product, times in uses),
             moved_bytes=each * logits,
-            tokens=responses,
+            tokens=rows,
             passes=calls,
         )
         for way, uses, each in (
-            ("forward", ((model.head, streams),), _LOGIT_BYTES[0]),
-            ("backward", tuple((product, 1) for product in backward), _LOGIT_BYTES[1]),
+            ("forward", ((head, streams),), logit_bytes.forward),
+            ("backward", tuple((product, 1) for product in backward), logit_bytes.backward),
         )
     ]
 
 
 def _optimizer(model: ModelCounts, calls: float) -> Work:
     """AdamW, and adding up the gradients of later micro-batches in fp32."""
-    moved = _ADAMW_BYTES * model.trainable + _CAST_BYTES * model.rounded
+    moved = ADAMW_BYTES * model.trainable + _CAST_BYTES * model.rounded
     moved += (calls - 1) * (12 * model.trainable + model.gradient_bytes)
-    return Work("optimizer", moved_bytes=moved, passes=1)
-
-
-def over_ranks(
-    model: ModelCounts, works: Sequence[Work], ranks: int, inprocess: bool
-) -> list[Work]:
-    """The same phases with the weights sharded: what each rank receives, and its optimizer's part.
-
-    Layers are gathered for each pass forward and backward, the root once a step, and all of them
-    once for rollouts; gradients are summed in fp32 after each backward pass.
-    """
-    if ranks == 1:
-        return list(works)
-    others = (ranks - 1) / ranks
-    layers = (model.parameters - model.root) * model.width * others
-    root = model.root * model.width * others
-    sums = 4 * model.trainable * others
-    received = {
-        "rollout decode": lambda work: layers + root if inprocess else 0,
-        "student forward": lambda work: layers * work.passes + root,
-        "teacher forward": lambda work: layers * work.passes,
-        "student backward": lambda work: (layers + sums) * work.passes,
-    }
-    return [
-        replace(
-            work,
-            link_bytes=received.get(work.phase, lambda work: 0)(work),
-            moved_bytes=work.moved_bytes / (ranks if work.phase == "optimizer" else 1),
-        )
-        for work in works
-    ]
+    return Work("optimizer", swept_bytes=moved, passes=1)

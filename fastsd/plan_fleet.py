@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fastsd.plan_counts import Work, generation
-from fastsd.plan_hardware import ASSUMED, Fleet, PlanError, Seconds
+from fastsd.plan_hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
 from fastsd.plan_memory import RUNTIME_BYTES
 from fastsd.plan_model import ModelCounts
 from fastsd.plan_rows import Step
@@ -22,7 +22,7 @@ _FUSED_MOVES, _FUSED_OPERATIONS = 12, 12
 
 
 @dataclass(frozen=True)
-class Served:
+class Served(InPhases):
     """What a fleet does for one step.
 
     devices: of each server. rows: decoded side by side on one. tokens: read and written by all.
@@ -40,14 +40,6 @@ class Served:
     seconds: tuple[Seconds, ...]
     sync_bytes: float
     sync: Seconds
-
-    @property
-    def low(self) -> float:
-        return sum(found.low for found in self.seconds)
-
-    @property
-    def high(self) -> float:
-        return sum(found.high for found in self.seconds)
 
 
 def serve(model: ModelCounts, step: Step, fleet: Fleet, role: str, synced: bool) -> Served:
@@ -127,6 +119,7 @@ def _split(model: ModelCounts, work: Work, devices: int) -> Work:
         attention_flop=work.attention_flop / devices,
         attention_bytes=work.attention_bytes / devices,
         moved_bytes=moved / devices,
+        swept_bytes=0.0,
         operations=_FUSED_OPERATIONS * model.layers * work.passes,
         link_bytes=exchanged / devices,
     )

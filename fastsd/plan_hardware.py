@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,20 @@ class Seconds(NamedTuple):
     low: float
     high: float
     limit: str
+
+
+class InPhases:
+    """What is done in phases, one after the other."""
+
+    seconds: tuple[Seconds, ...]
+
+    @property
+    def low(self) -> float:
+        return sum(found.low for found in self.seconds)
+
+    @property
+    def high(self) -> float:
+        return sum(found.high for found in self.seconds)
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,8 @@ class Fleet:
     def _seconds(self, work: Work, best: int) -> tuple[float, str]:
         """At one end of the assumptions, and what most of it goes to."""
         memory = self.device.memory_gbs * 1e9 * ASSUMED.memory[best]
-        parts = {"compute": 0.0, "bandwidth": work.moved_bytes / memory, "calls": 0.0}
+        moved = (work.moved_bytes + work.swept_bytes) / memory
+        parts = {"compute": 0.0, "bandwidth": moved, "calls": 0.0}
         for use in work.products:
             limit, seconds = self._roofline(
                 use.flop, use.bytes, "products", use.product.width, best
@@ -150,20 +166,30 @@ def parse_hardware(text: str, flag: str = "--hardware") -> Fleet:
     """ "8xH100" or "H100"; raises PlanError naming what is meant instead."""
     found = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?([A-Za-z][\w .-]*)", text.strip())
     if not found:
-        raise PlanError(f'{flag} {text}: expected COUNTxNAME, e.g. 8xH100, or "cpu"')
+        here = ', or "cpu"' if flag == "--hardware" else ""
+        raise PlanError(f"{flag} {text}: expected COUNTxNAME, e.g. 8xH100{here}")
     count = int(found[1] or 1)
     if count < 1:
         raise PlanError(f"{flag} {text}: the number of devices must be at least 1, e.g. 8xH100")
     known = {_plain(name): device for name, device in table().items()}
     device = known.get(_plain(found[2]))
     if device is None:
-        near = difflib.get_close_matches(_plain(found[2]), known, n=1, cutoff=0.5)
-        meant = f" (did you mean {known[near[0]].name}?)" if near else ""
-        raise PlanError(
-            f"{flag} {text}: no {found[2]!r} in {TABLE.name}{meant}. There are: "
-            f"{', '.join(table())}, and cpu; add a table to the file for another one"
-        )
+        raise PlanError(_unknown(text, flag, found[2], known))
     return Fleet(device, count)
+
+
+def _unknown(text: str, flag: str, name: str, known: Mapping[str, Accelerator]) -> str:
+    backwards = re.fullmatch(r"(.+?)\s*[xX*]\s*(\d+)", name)
+    near = difflib.get_close_matches(
+        _plain(backwards[1] if backwards else name), known, n=1, cutoff=0.5
+    )
+    times = f"{backwards[2]}x" if backwards else ""
+    meant = f" (did you mean {times}{known[near[0]].name}?)" if near else ""
+    here = ", and cpu" if flag == "--hardware" else ""
+    return (
+        f"{flag} {text}: no {name!r} in {TABLE.name}{meant}. There are: {', '.join(table())}{here};"
+        " add a table to the file for another one"
+    )
 
 
 def _plain(name: str) -> str:

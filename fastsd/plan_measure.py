@@ -1,10 +1,10 @@
 """The machine that this runs on as a hardware entry: its rates, measured at the model's shapes.
 
 A processor has no one rate for matrix products: thin ones are slower, and what decoding reads from
-memory differs from what lies in cache. So every product of the plan is timed (`plan_rates.py`),
-beside the loss head over a part of the vocabulary, attention over the group's own tree, an
-elementwise product, and layers so narrow that only their calls take time, in a forward and in the
-sampler's own loop.
+memory differs from what lies in cache. So every product of each phase is timed in its order
+(`plan_rates.py`), the sampler's weights in theirs (`plan_decode_rates.py`), beside the loss head
+over a part of the vocabulary, attention over the group's own tree, AdamW, an elementwise product,
+and layers so narrow that only their calls take time, in a forward and in the sampler's own loop.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fastsd.plan_clock import Rate, times, total
 from fastsd.plan_counts import Work
+from fastsd.plan_decode_rates import Streams, decode_attention_rate, decode_rates
 from fastsd.plan_hardware import Seconds
 from fastsd.plan_model import ModelCounts
 from fastsd.plan_rates import (
-    Rate,
     attention_rates,
-    decode_attention_rate,
-    decode_rates,
     head_rate,
     moved_rate,
     operation_rate,
-    packed_rate,
-    packing_rate,
-    product_rate,
-    stream_rate,
+    product_rates,
     swept_rate,
-    times,
-    total,
 )
 from fastsd.plan_rows import Step
 from fastsd.plan_trace import Product
@@ -39,9 +33,9 @@ from fastsd.plan_trace import Product
 class MeasuredCpu:
     """Rates of this machine; `seconds` of any phase that they were measured for."""
 
-    products: dict[Product, Rate]  # a FLOP
+    products: Mapping[str, Mapping[Product, Rate]]  # by phase: a FLOP
     head: Rate  # a FLOP of the loss head, its row sums included
-    packed: Rate  # a FLOP of a prefill
+    prefill: Rate  # a FLOP of a prefill
     packing: Rate  # a byte of weights, packed for a batch of rollouts
     packed_bytes: float
     stream: Rate  # a byte of weights, read by a decode step
@@ -51,20 +45,15 @@ class MeasuredCpu:
     layers: int
     attention: tuple[Rate, Rate]  # a FLOP forward, backward
     moved: Rate  # a byte of hidden states
-    swept: Rate  # a byte of the optimizer's state
+    swept: Rate  # a byte of the optimizer's state, or of gradients of the embedding
     operation: Rate
 
     def seconds(self, work: Work) -> Seconds:
         """The phase's range and its largest part."""
         if work.phase.startswith("loss head"):
-            return Seconds(*times(self.head, work.flop), "compute")
-        if work.phase == "optimizer":
-            return Seconds(*times(self.swept, work.moved_bytes), "bandwidth")
-        parts = {
-            "compute": self._products(work),
-            "bandwidth": times(self.moved, work.moved_bytes),
-            "calls": times(self.operation, work.operations),
-        }
+            return _seconds({"compute": times(self.head, work.flop)})
+        swept = times(self.swept, work.swept_bytes)
+        parts = {"bandwidth": total([times(self.moved, work.moved_bytes), swept])}
         if work.phase.endswith("decode"):
             packing = times(self.packing, self.packed_bytes)
             parts["bandwidth"] = total([parts["bandwidth"], packing, *self._streams(work)])
@@ -73,45 +62,55 @@ class MeasuredCpu:
         else:
             backward = work.phase.endswith("backward")
             attention = times(self.attention[backward], work.attention_flop)
-            parts["compute"] = total([parts["compute"], attention])
-        low, high = total(list(parts.values()))
-        return Seconds(low, high, max(parts, key=lambda name: parts[name].high))
+            parts["compute"] = total([self._products(work), attention])
+            parts["calls"] = times(self.operation, work.operations)
+        return _seconds(parts)
 
     def _products(self, work: Work) -> Rate:
-        if work.phase.endswith("decode"):
-            return Rate(0, 0)
-        prefill = work.phase.endswith("prefill")
-        return total(
-            [times(self.packed if prefill else self.products[u.product], u.flop)
-             for u in work.products]
-        )  # fmt: skip
+        if work.phase.endswith("prefill"):
+            return times(self.prefill, sum(use.flop for use in work.products))
+        rates = self.products.get(work.phase, {})
+        return total([times(rates[use.product], use.flop) for use in work.products])
 
     def _streams(self, work: Work) -> list[Rate]:
         weights = sum(use.bytes for use in work.products)
         return [times(self.stream, weights), times(self.keys, work.attention_bytes)]
 
 
+def _seconds(parts: Mapping[str, Rate]) -> Seconds:
+    low, high = sorted(total(list(parts.values())))
+    return Seconds(low, high, max(parts, key=lambda name: parts[name].high))
+
+
 def measure_cpu(model: ModelCounts, step: Step, works: Sequence[Work], dtype) -> MeasuredCpu:
-    """Measures in about three seconds what `works` need."""
-    roles = ("student", "teacher")
-    training = [use for work in works if work.phase.startswith(roles) for use in work.products]
-    rows = {use.product: max(1, round(use.tokens / max(use.passes, 1))) for use in training}
+    """Measures in some seconds what `works` need."""
     by_phase = {work.phase: work for work in works}
     side_by_side = _rows(by_phase, "rollout decode")
     per_step, per_layer = decode_rates(model, side_by_side, dtype)
+    streams = Streams(model, dtype)
+    prefill, stream = (
+        streams.multiply(_rows(by_phase, "rollout prefill")),
+        streams.read(side_by_side),
+    )
+    packing = streams.packing()
+    del streams  # a model's weights, twice
     return MeasuredCpu(
-        products={p: product_rate(p, n) for p, n in rows.items()},
+        products={
+            name: product_rates(model, work)
+            for name, work in by_phase.items()
+            if name.startswith(("student", "teacher"))
+        },
         head=head_rate(model, _rows(by_phase, "loss head forward"), step.teacher, dtype),
-        packed=packed_rate(model, _rows(by_phase, "rollout prefill"), dtype),
-        packing=packing_rate(model, dtype),
+        prefill=prefill,
+        packing=packing,
         packed_bytes=_packed_bytes(model),
         keys=decode_attention_rate(model, step, side_by_side, dtype),
-        stream=stream_rate(model, side_by_side, dtype),
+        stream=stream,
         decode_step=per_step,
         decode_layer=per_layer,
         layers=model.layers,
         attention=attention_rates(model, step, dtype),
-        moved=moved_rate(model, round(max(rows.values(), default=64)), dtype),
+        moved=moved_rate(model, _rows(by_phase, "student forward"), dtype),
         swept=swept_rate(model),
         operation=operation_rate(),
     )

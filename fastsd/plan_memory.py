@@ -8,9 +8,9 @@ Weights, optimizer and teacher stay. On top of them come, one after the other an
     update      all gradients, beside the work of the last layer that backward reached
 
 Backward frees a layer's activations as it makes its gradients, so in between there is never more
-than at one of these ends. Sharded over n ranks, each holds 1/n of the fp32 weights, moments and
-gradients, and the gathered weights of the root and of two layers, one being fetched; in-process
-rollouts gather all of them.
+than at one of these ends. Sharded over n ranks, each holds 1/n of weights (fp32 where they are
+trained), moments and gradients, and the gathered weights of two layers, one being fetched, and of
+the root, unless the loss head is sharded too; in-process rollouts gather all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fastsd.plan_model import ModelCounts
+from fastsd.plan_ranks import Site, gathered_each_pass, gathered_once, summed
 from fastsd.plan_rows import Step, packs
 
 # Freed blocks that nothing later fits into, and the runtime: libraries, CUDA context, NCCL.
@@ -27,19 +28,13 @@ RUNTIME_BYTES = {"cpu": 0.5 * 2**30, "gpu": 1.5 * 2**30}
 # Most that the loss head keeps of logits (fastsd_kernels.loss_head), and its bytes a logit pair.
 _HEAD_SCRATCH = {"cpu": 240e6, "gpu": 2.0**30}
 _HEAD_BYTES = {2: 4.5, 4: 8.0}
+# The same of a sharded head, in fp32, and its tiles (fastsd_kernels.loss_head.sharded).
+_SPLIT_SCRATCH, _SPLIT_TILES = (
+    {"cpu": 2.0**28, "gpu": 2.0**30},
+    {"cpu": 3 * 2.0**21, "gpu": 3 * 2.0**28},
+)
 # Gradients that are cast to fp32 at once (fastsd/optimizer.py).
 _CAST_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a rank runs. kind: "cpu" or "gpu". inprocess: rollouts are made here too."""
-
-    kind: str
-    ranks: int
-    inprocess: bool
-    teacher: str
-    teaches: bool
 
 
 @dataclass(frozen=True)
@@ -80,35 +75,41 @@ def memory(model: ModelCounts, step: Step, site: Site) -> Memory:
         resident=_resident(model, site),
         rollouts=_rollouts(model, step, site),
         training=_training(model, step, site, gradients),
-        update=_update(model, step, gradients),
+        update=_update(model, step, site, gradients),
         runtime=RUNTIME_BYTES[site.kind],
     )
 
 
 def _resident(model: ModelCounts, site: Site) -> dict[str, float]:
     each = model.trainable / site.ranks
-    copied = site.teaches and site.teacher in ("ema", "frozen")
-    average = 4 * each if copied and site.teacher == "ema" else 0.0
+    average = 4 * each if site.copied and site.teacher == "ema" else 0.0
     if site.ranks > 1:
+        # A copied teacher's frozen weights are shards of its own too.
+        roots = (1 + site.copied) * gathered_once(model, site)
         return {
-            "weights, fp32 shards": 4 * model.parameters / site.ranks,
-            "weights, gathered": model.width * (model.root + 2 * model.largest_layer),
+            "weights, shards": (4 * model.trainable + model.frozen_bytes) / site.ranks,
+            "weights, gathered": model.width * (roots + 2 * model.largest_layer),
             "optimizer moments": 8 * each,
-            "teacher copy": 4 * each * copied + average,
+            "teacher copy": site.copied * model.weight_bytes / site.ranks + average,
         }
     return {
         "weights": model.weight_bytes,
         "fp32 masters": 4.0 * model.rounded,
         "optimizer moments": 8 * each,
-        "teacher copy": model.gradient_bytes * copied + average,
+        "teacher copy": model.gradient_bytes * site.copied + average,
     }
 
 
 def _gradients(model: ModelCounts, step: Step, site: Site) -> float:
     """All of them: bf16 ones of a second micro-batch stand beside the fp32 sums of the others."""
     if site.ranks > 1:
-        return 4 * model.trainable / site.ranks + (4 + model.width) * model.largest_layer
+        return 4 * model.trainable / site.ranks + _being_summed(model, site, model.largest_layer)
     return model.gradient_bytes + (4 * model.rounded if _calls(step) > 1 else 0)
+
+
+def _being_summed(model: ModelCounts, site: Site, weights: float) -> float:
+    """Gradients of a unit before they are summed over ranks: whole, and in what they are summed."""
+    return (model.width + site.reduced) * weights
 
 
 def _calls(step: Step) -> int:
@@ -124,8 +125,9 @@ def _rollouts(model: ModelCounts, step: Step, site: Site) -> dict[str, float]:
     questions = min(step.questions, -(-rows // at.samples) + 1)
     copies = 1 if step.shared else at.samples
     layers = model.width * (model.parameters - model.root)
-    head = model.width * model.vocabulary * model.hidden
-    again = {"cpu": layers + head, "gpu": layers if site.ranks > 1 else 0.0}
+    head = model.width * model.head_weights
+    rest = model.width * (model.parameters - gathered_once(model, site))
+    again = {"cpu": layers + head, "gpu": rest if site.ranks > 1 else 0.0}
     prefill = min(16384, questions * copies * at.question)
     return {
         "keys and values, prompts": model.kv_bytes * questions * copies * at.question,
@@ -139,13 +141,9 @@ def _rollouts(model: ModelCounts, step: Step, site: Site) -> dict[str, float]:
 def _training(model: ModelCounts, step: Step, site: Site, gradients: float) -> dict[str, float]:
     made = packs(step)
     responses = made.responses * step.lengths.response
-    head = model.width * model.vocabulary * model.hidden
-    scratch = _HEAD_BYTES[model.width] * responses * model.vocabulary
-    sums = 4.0 / model.width * head if site.kind == "gpu" and model.width < 4 else 0.0
-    # The head's gradient, and its product with the upstream one.
-    loss_head = min(_HEAD_SCRATCH[site.kind], scratch) + sums
-    loss_head += 2 * head if model.head_trainable else 0.0
+    loss_head = (_split_head if site.splits else _whole_head)(model, site, responses)
     layer = model.kept_layer * max(made.student_tokens, made.teacher_tokens)
+    layer += model.width * gathered_each_pass(model, site)
     questions = max(1.0, made.responses / step.lengths.samples)
     # A deferred question's keys and values are leaves in fp32, with gradients.
     read = 8 / model.width if made.deferred else float(step.live)
@@ -158,11 +156,37 @@ def _training(model: ModelCounts, step: Step, site: Site, gradients: float) -> d
     }
 
 
-def _update(model: ModelCounts, step: Step, gradients: float) -> dict[str, float]:
+def _whole_head(model: ModelCounts, site: Site, responses: float) -> float:
+    head = model.width * model.head_weights
+    scratch = _HEAD_BYTES[model.width] * responses * model.vocabulary
+    sums = 4.0 / model.width * head if site.kind == "gpu" and model.width < 4 else 0.0
+    # The head's gradient, and its product with the upstream one.
+    products = 2 * head if model.head_trainable else 0.0
+    return min(_HEAD_SCRATCH[site.kind], scratch) + sums + products
+
+
+def _split_head(model: ModelCounts, site: Site, responses: float) -> float:
+    """A part of the vocabulary, all ranks' rows."""
+    rows, part = site.ranks * responses, model.head_weights / site.ranks
+    streams = 2 if site.teaches else 1
+    scratch = 4.0 * streams * rows * model.vocabulary / site.ranks
+    scratch = min(_SPLIT_SCRATCH[site.kind], scratch) + min(_SPLIT_TILES[site.kind], scratch)
+    # Rows of each stream, and the student's gradient: of a chunk in fp32, of all as they are.
+    hidden = model.hidden * rows * (model.width * (streams + 1) + 4)
+    # The part in the compute type, its gradient in fp32 and cast to it.
+    return scratch + hidden + part * (model.width + (4 + model.width) * model.head_trainable)
+
+
+def _update(model: ModelCounts, step: Step, site: Site, gradients: float) -> dict[str, float]:
     """The embedding's gradient comes last and dense, and is added to a tied head's."""
     # A checkpointed layer's activations come again, beside their gradients.
     layer = (1 + model.checkpoints) * model.kept_layer * packs(step).student_tokens
-    embedding = model.width * model.vocabulary * model.hidden * model.head_trainable
+    embedding = model.width * model.head_weights * model.head_trainable
+    if site.ranks > 1:
+        root = summed(model, site) - (model.trainable - model.root_trainable)
+        gradients = 4 * model.trainable / site.ranks
+        embedding = _being_summed(model, site, max(root, model.largest_layer))
+        embedding += model.width * gathered_each_pass(model, site)
     casts = _CAST_BYTES if model.width < 4 else 0.0
     return {"gradients": gradients, "one layer's work": max(layer + embedding, casts)}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastsd import attention
-from fastsd.model import _add_lora, _freeze, model_path
+from fastsd.model import model_path, prepare_training
 from fastsd.plan_trace import Pass, Product, trace
 from fastsd.refusals import ModelError, longest_sequence, refuse_unsupported
 from fastsd.sections import ModelConfig
@@ -26,10 +26,11 @@ class ModelCounts:
 
     parameters, trainable: how many weights. rounded: trainable ones in a low precision, which have
     fp32 masters. weight_bytes, gradient_bytes: in their own types, which for adapters is fp32.
-    root: weights in no layer (embedding, norm, own head). largest_layer: of one layer. longest:
-    positions that the model has. width: bytes of a compute element. checkpoints: layers run again
-    in the backward pass. kept: bytes a token that autograd keeps for it; kept_layer: of one layer
-    without checkpointing, which is what a checkpointed layer needs while it runs again.
+    root: weights in no layer (embedding, norm, own head), root_trainable of them. largest_layer: of
+    one layer. tied: the head is the embedding. longest: positions that the model has. width: bytes
+    of a compute element. checkpoints: layers run again in the backward pass. kept: bytes a token
+    that autograd keeps for it; kept_layer: of one layer without checkpointing, which is what a
+    checkpointed layer needs while it runs again.
     """
 
     name: str
@@ -39,7 +40,9 @@ class ModelCounts:
     weight_bytes: int
     gradient_bytes: int
     root: int
+    root_trainable: int
     largest_layer: int
+    tied: bool
     head_trainable: bool
     layers: int
     hidden: int
@@ -54,6 +57,15 @@ class ModelCounts:
     backward: Pass
     kept: float
     kept_layer: float
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the weights that are not trained, in their own types."""
+        return self.weight_bytes - self.gradient_bytes
+
+    @property
+    def head_weights(self) -> int:
+        return self.vocabulary * self.hidden
 
     @property
     def head(self) -> Product:
@@ -80,9 +92,10 @@ def count_model(config: ModelConfig, dtype: torch.dtype) -> ModelCounts:
             hf_config, config.model_copy(update={"gradient_checkpointing": False}), dtype
         )
         kept_layer = trace(_causal_lm(plain), plain)[2] / hf_config.num_hidden_layers
-    root, largest_layer = _parts(model)
+    root, root_trainable, largest_layer = _parts(model)
     heads = hf_config.num_attention_heads
-    head_VD = _causal_lm(model).get_output_embeddings().weight
+    causal_lm = _causal_lm(model)
+    head_VD = causal_lm.get_output_embeddings().weight
     trainable = [p for p in model.parameters() if p.requires_grad]
     return ModelCounts(
         name=config.name,
@@ -92,7 +105,9 @@ def count_model(config: ModelConfig, dtype: torch.dtype) -> ModelCounts:
         weight_bytes=sum(p.nbytes for p in model.parameters()),
         gradient_bytes=sum(p.nbytes for p in trainable),
         root=root,
+        root_trainable=root_trainable,
         largest_layer=largest_layer,
+        tied=head_VD is causal_lm.get_input_embeddings().weight,
         head_trainable=head_VD.requires_grad,
         layers=hf_config.num_hidden_layers,
         hidden=hf_config.hidden_size,
@@ -148,27 +163,21 @@ def _build(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> torch.nn.
     with warnings.catch_warnings():
         # peft reads a name of transformers' that changed.
         warnings.simplefilter("ignore", FutureWarning)
-        if config.lora is not None:
-            model = _add_lora(model, config.lora)
-        _freeze(model, config.freeze)
-        if config.gradient_checkpointing:
-            new_name = hasattr(model, "activation_checkpointing_enable")
-            kind = "activation" if new_name else "gradient"
-            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    return model
+        return prepare_training(model, config)
 
 
-def _parts(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters outside the layers, and of the largest layer."""
+def _parts(model: torch.nn.Module) -> tuple[int, int, int]:
+    """Parameters outside the layers, those of them that train, and of the largest layer."""
     layers: Counter[str] = Counter()
-    root = 0
+    root = trainable = 0
     for name, parameter in model.named_parameters():
         found = re.search(r"\.layers\.(\d+)\.|\.h\.(\d+)\.", name)
         if found:
             layers[found[0]] += parameter.numel()
         else:
             root += parameter.numel()
-    return root, max(layers.values(), default=0)
+            trainable += parameter.numel() * parameter.requires_grad
+    return root, trainable, max(layers.values(), default=0)
 
 
 def _causal_lm(model: Any) -> Any:

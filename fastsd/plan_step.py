@@ -15,12 +15,13 @@ import torch
 
 from fastsd import hardware
 from fastsd.config import Config
-from fastsd.feedback import CONDITIONS, FeedbackMaker
-from fastsd.plan_counts import Work, count_step, generation, over_ranks
+from fastsd.feedback import CONDITIONS, FeedbackMaker, conditions_of
+from fastsd.plan_counts import Work, count_step, generation, streams
 from fastsd.plan_fleet import Served, serve
-from fastsd.plan_hardware import ASSUMED, Fleet, PlanError, Seconds
-from fastsd.plan_memory import Memory, Site, largest_micro_batch, memory, most_rows
+from fastsd.plan_hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
+from fastsd.plan_memory import Memory, largest_micro_batch, memory, most_rows
 from fastsd.plan_model import ModelCounts, count_model
+from fastsd.plan_ranks import Site, make_site, over_ranks
 from fastsd.plan_rows import Lengths, Step
 from fastsd.sections import LoraConfig, ModelConfig
 
@@ -41,15 +42,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(InPhases):
     """Everything that is printed. full: the same without shared prefixes. capacity: usable bytes of
     a device. notes: what was taken for granted."""
 
     condition: str
     hardware: str
-    ranks: int
     model: ModelCounts
     step: Step
+    site: Site
     works: tuple[Work, ...]
     seconds: tuple[Seconds, ...]
     full: tuple[Work, ...]
@@ -63,17 +64,36 @@ class Plan:
     changes: tuple[str, ...]
 
     @property
-    def low(self) -> float:
-        return sum(found.low for found in self.seconds)
-
-    @property
-    def high(self) -> float:
-        return sum(found.high for found in self.seconds)
-
-    @property
     def missing(self) -> float:
         """Bytes by which a device is too small; zero where the step fits."""
         return max(0.0, self.memory.peak - self.capacity)
+
+
+def refuse_contradictions(config: Config, asked: Asked) -> None:
+    """config: of all conditions. Raises PlanError for what was asked about but does not happen."""
+    kind, engine = config.critic.kind, config.rollout.engine
+    names = conditions_of(config)
+    contexts = any(CONDITIONS[name].context for name in names)
+    critics = any(CONDITIONS[name].critic for name in names)
+    writes = critics and kind in ("local", "server")
+    without = (
+        f"condition = {config.condition!r} has no critic; choose one that has"
+        if not critics
+        else ""
+    )
+    problems = (
+        (asked.rollouts, engine != "vllm", "rollout-hardware",
+         f'rollout.engine = "{engine}" has no servers; set it to "vllm"'),
+        (asked.critics, not (critics and kind == "server"), "critic-hardware",
+         without or f'critic.kind = "{kind}" has no servers; set it to "server"'),
+        (asked.critique, not writes, "critique",
+         without or f'critic.kind = "{kind}" asks no model; set it to "local" or "server"'),
+        (asked.feedback, not contexts, "feedback",
+         f"condition = {config.condition!r} shows none; choose another"),
+    )  # fmt: skip
+    for given, contradicted, flag, reason in problems:
+        if given is not None and contradicted:
+            raise PlanError(f"--{flag}: {reason}, or leave --{flag} out")
 
 
 def make_plan(config: Config, asked: Asked) -> Plan:
@@ -84,10 +104,8 @@ def make_plan(config: Config, asked: Asked) -> Plan:
     lengths = _lengths(config, asked, model, notes)
     ranks = asked.fleet.count if asked.fleet else 1
     step = _step(config, lengths, ranks)
-    teaches = step.teacher != "none"
-    inprocess = config.rollout.engine == "inprocess"
     kind = "gpu" if asked.fleet else "cpu"
-    site = Site(kind, ranks, inprocess, config.teacher.kind, teaches)
+    site = make_site(config, model, kind, ranks, step.teacher != "none")
     full = replace(step, shared=False)
     works, plain = (_works(model, each, site) for each in (step, full))
     works += _local_critic(config, asked, step, notes)
@@ -97,9 +115,9 @@ def make_plan(config: Config, asked: Asked) -> Plan:
     return Plan(
         condition=config.condition,
         hardware=f"{ranks}x{asked.fleet.device.name}" if asked.fleet else "cpu, measured here",
-        ranks=ranks,
         model=model,
         step=step,
+        site=site,
         works=tuple(works),
         seconds=tuple(timed(work) for work in works),
         full=tuple(plain),
@@ -107,7 +125,7 @@ def make_plan(config: Config, asked: Asked) -> Plan:
         full_memory=memory(model, full, site),
         capacity=capacity,
         micro_batch=largest_micro_batch(model, step, site, capacity),
-        rows=most_rows(model, step, site, capacity) if inprocess else None,
+        rows=most_rows(model, step, site, capacity) if site.inprocess else None,
         served=tuple(_served(config, asked, model, lengths, notes)),
         notes=tuple(notes),
         changes=tuple(_changes(config, model, step, site, capacity, dtype))
@@ -174,7 +192,7 @@ def _step(config: Config, lengths: Lengths, ranks: int) -> Step:
 
 
 def _works(model: ModelCounts, step: Step, site: Site) -> list[Work]:
-    found = over_ranks(model, count_step(model, step), site.ranks, site.inprocess)
+    found = over_ranks(model, count_step(model, step), site, streams(step))
     return [
         work
         for work in found

@@ -32,7 +32,9 @@ def _head(plan: Plan) -> list[str]:
     model, at = plan.model, plan.step.lengths
     precision = "bf16 with fp32 masters" if model.width < 4 else "fp32"
     checkpoints = ", gradient checkpointing" if model.checkpoints else ""
-    devices = f"{plan.ranks} ranks, weights sharded" if plan.ranks > 1 else "one rank"
+    site, devices = plan.site, "one rank"
+    if site.ranks > 1:
+        devices = f"{site.ranks} ranks, weights sharded, loss head {site.head} ({site.why})"
     return [
         f"condition {plan.condition} on {plan.hardware}: {devices}",
         f"{model.name}: {_count(model.parameters)} parameters, {_count(model.trainable)} of them "
@@ -130,7 +132,10 @@ def _served(plan: Plan, served: Served) -> list[str]:
 def _assumptions(plan: Plan) -> list[str]:
     here = plan.hardware.startswith("cpu")
     said = (
-        ["rates measured here at these shapes, on this process's threads: fastest and median round"]
+        [
+            "rates measured here at these shapes, on this process's threads: fastest and median "
+            "round; other programs' share of caches and memory is as it was meanwhile"
+        ]
         if here
         else ["predicted, not measured: data-sheet peaks (fastsd/hardware_table.toml)"]
     )

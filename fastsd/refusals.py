@@ -60,6 +60,19 @@ def refuse_sinks(model) -> None:
             )
 
 
+def refuse_adapted_head(model) -> None:
+    """Raises ModelError for an adapter on the head, or on an embedding tied to it: the loss head
+    and the sampler multiply by the head's own weight, and would pass it over."""
+    head = model.get_base_model().get_output_embeddings()
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and module.weight is head.weight:
+            module_name = name.rpartition(".")[2]
+            raise ModelError(
+                f"model.lora.target_modules: {module_name!r} is the head, or tied to it, which "
+                "takes no adapter; leave it out, or train all weights without model.lora"
+            )
+
+
 def length_limits(config) -> Iterator[tuple[str, int, str]]:
     """(setting, tokens, why) for everything that bounds a sequence of this model."""
     positions = getattr(config, "max_position_embeddings", None)

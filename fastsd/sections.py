@@ -105,10 +105,14 @@ class RolloutConfig(Section):
     """vllm: tokens under way at once at each server, prompts and the longest responses counted,
     e.g. the size of its KV cache; 0: no limit. A group that is larger goes alone."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """vllm: longest wait for one group; a server that takes longer counts as lost."""
+    """vllm: longest wait for one group, and for weights over NCCL; a server that takes longer is
+    lost."""
     max_staleness: int = Field(default=0, ge=0)
     """vllm: responses may come from weights that are up to this many updates old, which saves
     handing them over; 0: the servers get them before each batch."""
+    sync: Literal["auto", "files", "nccl"] = "auto"
+    """vllm: how servers get the weights. files: a folder in the run folder, which they must be able
+    to read. nccl: vLLM's weight transfer, from GPU to GPU. auto: nccl where all is there for it."""
     prompts_per_step: int = Field(default=4, ge=1)
     """Questions per optimizer step."""
     steps_per_batch: int = Field(default=1, ge=1)
@@ -295,6 +299,11 @@ class ParallelConfig(Section):
     timeout_s: float = Field(default=600.0, gt=0)
     """With many processes (torchrun): how far one may fall behind the others, in rollouts above
     all, before the run ends."""
+    head: Literal["auto", "gathered", "sharded"] = "auto"
+    """The loss head of many processes: each gathers all of it, or each keeps a part of the
+    vocabulary and is sent all hidden states; auto: what moves fewer bytes."""
+    reduce_dtype: Literal["float32", "model"] = "float32"
+    """What gradients are summed in over processes; model: the compute type, half the bytes."""
 
 
 class CheckpointConfig(Section):

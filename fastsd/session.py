@@ -18,6 +18,7 @@ import torch
 
 from fastsd import checkpoint, hardware
 from fastsd.advantage import group_advantages
+from fastsd.agreement import refuse_other_inputs, refuse_other_start
 from fastsd.answers import extract_answer
 from fastsd.config import Config
 from fastsd.critics import open_critic
@@ -25,6 +26,7 @@ from fastsd.data import load_data
 from fastsd.deferred import Passes
 from fastsd.evaluate import scored_samples, tabulate
 from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
+from fastsd.fit import parameter_shapes, refuse_other_data, refuse_other_model
 from fastsd.guards import Guard
 from fastsd.interrupt import SignalGate
 from fastsd.layout import (
@@ -35,12 +37,12 @@ from fastsd.layout import (
     sample_from_json,
     sample_to_json,
 )
-from fastsd.model import load_policy
+from fastsd.model import Policy, load_policy
 from fastsd.optimizer import Optimizer
 from fastsd.phases import PhaseClock
 from fastsd.preflight import check_prompts, renderer_for
 from fastsd.run_folder import append_evaluation, read_evaluations
-from fastsd.sharding import place_weights, refuse_ranks
+from fastsd.sharding import Replica, place_weights, refuse_ranks
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
 from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Prompt, Rollout, Task
@@ -55,7 +57,7 @@ _FREE_ON_RESUME = (
     *("run", "resume", "seeds", "threads", "checkpoint", "eval", "report", "log", "filter"),
     *("guard", "critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
     *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers", "parallel"),
-    *("rollout.concurrency", "rollout.server_tokens", "rollout.timeout_s"),
+    *("rollout.concurrency", "rollout.server_tokens", "rollout.timeout_s", "rollout.sync"),
 )
 
 
@@ -77,6 +79,7 @@ class Session:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.world = open_world(config.parallel.timeout_s, config.device)
+        refuse_other_start(self.world, config)
         refuse_ranks(config, self.world)
         device = hardware.resolve_device(config.device, self.world.local_rank)
         dtype = hardware.resolve_dtype(config.model.dtype, device)
@@ -86,14 +89,15 @@ class Session:
         )
         self.reward = load_reward(config.reward, self.task)
         self.policy = load_policy(config.model, device, dtype)
-        self.loss_head = _loss_head(config.loss.impl, self.policy.head_VD)
         self.renderer = renderer_for(self.policy, config)
         served = config.rollout, run_dir, self.world
         self.sampler = open_sampler(self.policy, self.renderer, *served)
         asks = CONDITIONS[config.condition].critic
         self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
-        self.weights = place_weights(self.policy, self.teacher, self.world)
+        refuse_other_inputs(self)
+        self.weights = place_weights(config, self.policy, self.teacher, self.world)
+        self.loss_head = _loss_head(config, self.policy, self.weights)
         self.guard = Guard(config.guard)
         self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike, self.world)
         self.clock = PhaseClock(self.policy.device)
@@ -253,35 +257,28 @@ class Session:
             "guard": self.guard.state_json(),
             "buffer": [sample_to_json(sample) for sample in self.buffer],
             "config": self._binding_settings(),
+            "model": parameter_shapes(self.policy.model),
         }
         with self.gate.closed():
-            run_dir, keep = self.run_dir, self.config.checkpoint.keep
-            whole, save_model = self.weights.state(tensors, run_dir), self.weights.saver()
-            return self.world.lead(
-                lambda: checkpoint.save_checkpoint(
-                    run_dir, self.step, save_model, whole, state, keep
-                )
+            save_model, keep = self.weights.saver(), self.config.checkpoint.keep
+            return checkpoint.save_checkpoint(
+                self.run_dir, self.step, save_model, tensors, state, keep, self.world
             )
 
     def restore(self) -> bool:
         """Continues the newest valid checkpoint of the run folder; False where there is none."""
-        found = checkpoint.load_latest(self.run_dir)
-        steps = self.world.gather(None if found is None else found.step)
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"{self.run_dir}: the ranks find different newest checkpoints, of updates {steps}; "
-                "the run folder must be one that all of them share"
-            )
+        found = checkpoint.load_latest(self.run_dir, self.world)
         if found is None:
             return False
         self._refuse_other_settings(found)
+        refuse_other_model(found.path, found.state.get("model", {}), self.policy.model)
         self.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
         if self.teacher is not None:
             self.teacher.load_state_tensors(found.tensors.part("teacher/"))
         self.guard.load(found.state["guard"])
-        torch.set_rng_state(found.tensors["torch_rng"])
+        torch.set_rng_state(found.tensors.whole("torch_rng"))
         self.step, self.cursor = found.state["step"], found.state["cursor"]
-        self.buffer = self._samples_from_json(found.state["buffer"])
+        self.buffer = self._samples_from_json(found)
         return True
 
     def _refuse_other_settings(self, found: checkpoint.LoadedCheckpoint) -> None:
@@ -300,20 +297,24 @@ class Session:
             settings[section].pop(key) if key else settings.pop(section)
         return settings
 
-    def _samples_from_json(self, records: Sequence[dict[str, Any]]) -> list[Sample]:
+    def _samples_from_json(self, found: checkpoint.LoadedCheckpoint) -> list[Sample]:
+        records = found.state["buffer"]
         if not records:
             return []
         rollout = self.config.rollout
         count = rollout.prompts_per_step * rollout.steps_per_batch
         prompts = self.train_data.take(self.cursor - count, count, self.config.seed)
         by_id = {prompt.id: prompt for prompt in prompts}
+        refuse_other_data(found.path, records, by_id)
         return [sample_from_json(record, by_id[record["prompt"]]) for record in records]
 
 
-def _loss_head(impl: str, head_VD: torch.Tensor) -> str:
+def _loss_head(config: Config, policy: Policy, weights: Replica) -> str:
     """The loss head that will run; an implementation that is not here is the user's to change."""
+    if weights.shards_head:
+        return "sharded by vocabulary"
     try:
-        name, why = implementation_choice(impl, head_VD.device, head_VD.dtype)
+        name, why = implementation_choice(config.loss.impl, policy.device, policy.dtype)
     except (RuntimeError, ValueError) as error:
         raise FastsdError(f"loss.impl: {error}") from error
     return f"{name} ({why})"

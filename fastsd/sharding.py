@@ -2,9 +2,11 @@
 
 Every rank keeps 1/N of each tensor: fp32 masters and what AdamW needs of them. A layer is gathered
 before its forward and its backward and freed after each; embedding, final norm and head are one
-unit that stays gathered from the forward to the end of the backward, because the loss head reads
-the head's weight between the two. Gradients are summed over ranks in fp32, for the loss is divided
-by the tokens of the whole step already. Compute is in the model's own type, as in one process.
+unit that is gathered once a step, because the loss head reads the head's weight between forward and
+backward. Where the head is sharded (`sharded_head.head_layout`) it is never gathered in training;
+one that is tied to the embedding is let go of in between. Gradients are summed over ranks, in fp32
+unless parallel.reduce_dtype says otherwise, for the loss is divided by the tokens of the whole step
+already. Compute is in the model's own type, as in one process.
 
 While rollouts are made, every rank holds all weights: ranks then decode each at its own pace. So
 a rank's memory must hold the model once in its compute type, beside its part of the masters.
@@ -17,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +28,12 @@ from torch import Tensor
 from fastsd.config import Config
 from fastsd.interrupt import SignalGate
 from fastsd.model import Policy
-from fastsd.sharded_checkpoint import write_state
+from fastsd.sharded_head import Head, Layout, head_layout, sharded_head_loss, whole_head_loss
 from fastsd.shards import whole
 from fastsd.teacher import Teacher
 from fastsd.types import FastsdError, Prompt
 from fastsd.world import World
+from fastsd_kernels.loss_head import LossHeadOutput
 
 T = TypeVar("T")
 
@@ -39,13 +41,22 @@ T = TypeVar("T")
 class Replica:
     """The weights of a run that is one process."""
 
-    def __init__(self, policy: Policy):
+    shards_head = False
+
+    def __init__(self, policy: Policy, loss_impl: str = "auto"):
         self.policy = policy
+        self._loss_impl = loss_impl
 
     @property
     def name(self) -> str | None:
         """How the weights lie, for the run's header; None where there is nothing to say."""
         return None
+
+    def loss_head(
+        self, student_TD: Tensor, target_T: Tensor, options: Mapping[str, Any]
+    ) -> LossHeadOutput:
+        """`fused_linear_loss` of this rank's rows with the policy's head; options: its others."""
+        return whole_head_loss(student_TD, target_T, self.policy, self._loss_impl, options)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy runs without a word to other ranks."""
@@ -66,10 +77,6 @@ class Replica:
     def release(self) -> None:
         """Frees what the forwards of a step gathered."""
 
-    def state(self, tensors: Mapping[str, Tensor], run_dir: Path) -> Mapping[str, Tensor] | Path:
-        """What `checkpoint.save_checkpoint` is given: whole tensors, or their file in run_dir."""
-        return tensors
-
     def saver(self) -> Callable[[Path], None]:
         """What writes the model as a Hugging Face folder, on rank 0."""
         return self.policy.save
@@ -79,21 +86,32 @@ class Sharded(Replica):
     """The weights of policy and teacher over the ranks of `world`; collective, and so are its
     methods. Raises ModelError where the sharded model cannot run."""
 
-    def __init__(self, policy: Policy, teacher: Teacher | None, world: World):
-        super().__init__(policy)
+    def __init__(self, config: Config, policy: Policy, teacher: Teacher | None, world: World):
+        super().__init__(policy, config.loss.impl)
         self.world = world
+        self._layout: Layout
+        self._layout, self._why = head_layout(config, _head(policy, teacher), world.size)
+        self.shards_head = self._layout == "sharded"
+        reduced = torch.float32 if config.parallel.reduce_dtype == "float32" else policy.dtype
         self._skeleton = _skeleton(policy.model) if world.leads else None
         own = [] if teacher is None or teacher.policy is policy else [teacher.policy]
         self._policies = [policy, *own]
         for each in self._policies:
-            _shard(each, world)
+            _shard(each, world, reduced, self._layout)
             # FSDP takes the first module that runs for the root: the whole, not a layer.
             each.try_out()
         self.release()
 
     @property
     def name(self) -> str:
-        return f"FSDP2 over {self.world.size} ranks, head gathered"
+        return f"FSDP2 over {self.world.size} ranks, head {self._layout} ({self._why})"
+
+    def loss_head(
+        self, student_TD: Tensor, target_T: Tensor, options: Mapping[str, Any]
+    ) -> LossHeadOutput:
+        if not self.shards_head:
+            return super().loss_head(student_TD, target_T, options)
+        return sharded_head_loss(student_TD, target_T, self.policy, self.world, options)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -104,8 +122,7 @@ class Sharded(Replica):
         try:
             yield
         finally:
-            root.set_reshard_after_forward(True)
-            root.set_reshard_after_forward(False, recurse=False)
+            _set_resharding(self.policy, self._layout)
             for unit in _units(self.policy):
                 unit.reshard()
 
@@ -140,9 +157,6 @@ class Sharded(Replica):
         for policy in self._policies:
             _root(policy).reshard()
 
-    def state(self, tensors: Mapping[str, Tensor], run_dir: Path) -> Path:
-        return write_state(run_dir / ".state.safetensors", tensors, self.world)
-
     def saver(self) -> Callable[[Path], None]:
         types = {} if self._skeleton is None else dict(self._skeleton.named_parameters())
         weights = {}
@@ -169,12 +183,18 @@ def refuse_ranks(config: Config, world: World) -> None:
         )
 
 
-def place_weights(policy: Policy, teacher: Teacher | None, world: World) -> Replica:
-    """Spreads the weights over the ranks, where there are more than one. Before the optimizer."""
-    return Replica(policy) if world.size == 1 else Sharded(policy, teacher, world)
+def place_weights(config: Config, policy: Policy, teacher: Teacher | None, world: World) -> Replica:
+    """Spreads the weights over the ranks, where there are more than one. Before the optimizer.
+
+    Raises FastsdError where nothing but the head trains, ModelError as Sharded does.
+    """
+    if world.size == 1:
+        return Replica(policy, config.loss.impl)
+    _refuse_head_alone(policy)
+    return Sharded(config, policy, teacher, world)
 
 
-def _shard(policy: Policy, world: World) -> None:
+def _shard(policy: Policy, world: World, reduced: torch.dtype, layout: Layout) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -188,30 +208,32 @@ def _shard(policy: Policy, world: World) -> None:
             parameter.data = parameter.data.float()
     root, mesh = _root(policy), init_device_mesh(policy.device.type, (world.size,))
     precision = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False
     )
-    for layer in policy.decoder.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(root, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    apart = [policy.head] if layout == "sharded" and not _is_tied(policy) else []
+    for module in (*policy.decoder.layers, *apart, root):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    _set_resharding(policy, layout)
     for unit in _units(policy):
         unit.set_gradient_divide_factor(1.0)
         # gloo has no reduction that multiplies first.
         unit.set_force_sum_reduction_for_comms(True)
     # An expert without tokens on one rank has a gradient on another.
-    root.set_reduce_scatter_unused_params(True)
-    root.hidden_rows = partial(_differentiable_rows, policy.hidden_rows)
+    for unit in (*policy.decoder.layers, root):
+        unit.set_reduce_scatter_unused_params(True, recurse=False)
+    root.hidden_rows = policy.hidden_rows
     register_fsdp_forward_method(root, "hidden_rows")
     policy.gathering, policy.gathered_dtype = root.hidden_rows, compute
 
 
-def _differentiable_rows(rows: Callable[..., Tensor], *args: Any, **inputs: Any) -> Tensor:
-    hidden_AD = rows(*args, **inputs)
-    if torch.is_grad_enabled() and not hidden_AD.requires_grad:
+def _refuse_head_alone(policy: Policy) -> None:
+    heads = {id(parameter) for parameter in policy.head.parameters()}
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    if not _is_tied(policy) and all(id(parameter) in heads for parameter in trained):
         raise FastsdError(
             "model.freeze leaves nothing but the head to train, which many processes cannot: their "
             "gradients meet below it; train with one process, or free the last layer"
         )
-    return hidden_AD
 
 
 def _root(policy: Policy) -> Any:
@@ -221,7 +243,36 @@ def _root(policy: Policy) -> Any:
 
 
 def _units(policy: Policy) -> list[Any]:
-    return [*policy.decoder.layers, _root(policy)]
+    """What is gathered as a whole; the head too, where it is none of the root's weights."""
+    from torch.distributed.fsdp import FSDPModule
+
+    apart = [policy.head] if isinstance(policy.head, FSDPModule) else []
+    return [*policy.decoder.layers, *apart, _root(policy)]
+
+
+def _set_resharding(policy: Policy, layout: Layout) -> None:
+    """When gathered weights are let go of: a layer's at once, the root's at the end of a step."""
+    root = _root(policy)
+    root.set_reshard_after_forward(True)
+    if layout == "gathered" or not _is_tied(policy):
+        root.set_reshard_after_forward(False, recurse=False)
+        root.set_reshard_after_backward(False, recurse=False)
+
+
+def _is_tied(policy: Policy) -> bool:
+    return policy.head_VD is policy.decoder.get_input_embeddings().weight
+
+
+def _head(policy: Policy, teacher: Teacher | None) -> Head:
+    own = teacher is not None and teacher.head_VD is not None
+    return Head(
+        vocabulary=len(policy.head_VD),
+        compute_bytes=policy.dtype.itemsize,
+        tied=_is_tied(policy),
+        trains=policy.head_VD.requires_grad,
+        streams=1 if teacher is None else 2,
+        heads=2 if own else 1,
+    )
 
 
 def _skeleton(model: torch.nn.Module) -> torch.nn.Module:

@@ -17,14 +17,3 @@ def whole(tensor: Tensor) -> Tensor:
     """All of it, from every rank's part: a collective call."""
     spread: Any = tensor
     return spread.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def like(full: Tensor, target: Tensor) -> Tensor:
-    """A tensor that every rank has whole, spread as `target` is; nothing is sent."""
-    spread: Any = target
-    if not hasattr(target, "placements"):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    full = full.to(target.device)
-    return distribute_tensor(full, spread.device_mesh, spread.placements, src_data_rank=None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsd.model import Policy, trainable_parameters
 from fastsd.packing import PrefixKeys
 from fastsd.sections import TeacherConfig
-from fastsd.shards import like
+from fastsd.sharded_checkpoint import copy_into
 from fastsd.types import TokenTree
 
 
@@ -79,9 +79,9 @@ class Teacher:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        copy_into(self._average, tensors)
         parameters = dict(self.policy.model.named_parameters())
         for name, average in self._average.items():
-            average.copy_(like(tensors[name], average))
             parameters[name].copy_(average)
 
     def _adapters_off(self):

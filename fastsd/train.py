@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
     """Trains one condition with one seed into `run_dir`, continuing what is there if asked to."""
+    from fastsd.agreement import refuse_own_folders
     from fastsd.recorder import Follower
     from fastsd.session import Session
     from fastsd.world import guarded
 
     session = Session(config, run_dir)
     recorder = recorder if session.world.leads else Follower(recorder.label)
+    refuse_own_folders(session.world, run_dir)
     recorder.open(session, resumed=config.resume == "auto" and session.restore())
     with session.gate:
         try:
@@ -88,27 +90,28 @@ def update(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `python -m fastsd.train --help`."""
+    from fastsd.agreement import refuse_other_start
     from fastsd.cli import load_config, run_main
     from fastsd.interrupt import Interrupted
-    from fastsd.world import guarded, one_voice
+    from fastsd.world import guarded, is_first, one_voice, open_world
 
     def run() -> None:
         invocation = load_config(sys.argv[1:] if argv is None else list(argv))
-        if invocation.dry_run:
-            from fastsd.dry_run import dry_run
-
-            dry_run(invocation)
-        else:
-            from fastsd.experiment import run_experiment
-
-            with guarded():
-                run_experiment(invocation)
+        config = invocation.config
+        with guarded():
+            refuse_other_start(open_world(config.parallel.timeout_s, config.device), config)
+            if invocation.dry_run:
+                from fastsd.dry_run import dry_run as work
+            else:
+                from fastsd.experiment import run_experiment as work
+            work(invocation)
 
     try:
         with one_voice():
-            return run_main(run)
+            return run_main(run, many=True)
     except Interrupted as stop:
-        print(f"stopped by {stop}: continue with --resume auto", file=sys.stderr)
+        if is_first():
+            print(f"stopped by {stop}: continue with --resume auto", file=sys.stderr)
         return stop.exit_code
 
 

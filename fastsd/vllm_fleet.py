@@ -17,12 +17,12 @@ import logging
 import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from fastsd.sections import RolloutConfig
-from fastsd.vllm_server import Draw, Group, RolloutUnavailable, ServerLost, VllmServer
+from fastsd.vllm_draw import Draw, Group
+from fastsd.vllm_server import RolloutError, RolloutUnavailable, ServerLost, VllmServer
 
 if TYPE_CHECKING:
     import httpx
@@ -35,7 +35,7 @@ CONNECT_S = 10.0
 
 class Fleet:
     """The servers of rollout.servers. retried: groups that were drawn again so far. ranks: how many
-    processes share what a server may have under way."""
+    processes share what a server may have under way. label: the mark of the weights given last."""
 
     def __init__(self, config: RolloutConfig, ranks: int = 1):
         self.concurrency = max(1, config.concurrency // ranks)
@@ -44,47 +44,65 @@ class Fleet:
             self.tokens = config.server_tokens / ranks
         self.servers = [VllmServer(url, config.timeout_s) for url in config.servers]
         self.retried = 0
-        self._label = ""
+        self.label = ""
 
     @property
     def living(self) -> list[VllmServer]:
         return [server for server in self.servers if not server.lost]
 
-    def everywhere(self, use: Callable[..., Awaitable[T]]) -> list[tuple[VllmServer, T]]:
-        """use(client, server) with every server at once; who answered. The others are lost."""
+    def everywhere(
+        self, use: Callable[..., Awaitable[T]], servers: Sequence[VllmServer] | None = None
+    ) -> list[tuple[VllmServer, T]]:
+        """use(client, server) with every server at once, or with some; who answered. The others are
+        lost."""
 
         async def attempt(client: httpx.AsyncClient, server: VllmServer):
             try:
                 found = await use(client, server)
             except ServerLost as error:
-                self._lose(server, str(error))
+                self.lose(server, str(error))
                 return []
             server.lost = None
             return [(server, found)]
 
-        answers = ask(lambda client: gather([attempt(client, server) for server in self.servers]))
+        asked = self.servers if servers is None else servers
+        answers = ask(lambda client: gather([attempt(client, server) for server in asked]))
         return [answer for answered in answers for answer in answered]
+
+    def refuse_doubles(self) -> None:
+        """Raises RolloutError where two addresses are one server's: each is given a mark of its
+        own, and must still have it when all were given one."""
+        labels = {server: _label("open") for server in self.living}
+        self.everywhere(lambda client, server: server.mark(client, labels[server]), self.living)
+        held = self.everywhere(
+            lambda client, server: server.holds(client, labels[server]), self.living
+        )
+        if doubles := [server.url for server, holds in held if not holds]:
+            raise RolloutError(
+                f"rollout.servers: {', '.join(doubles)} was marked by another while this run began:"
+                " name each server once, and give a server to one run at a time"
+            )
 
     def load(
         self,
-        weights: Path,
+        give: Callable[[], None],
         version: int,
         reopen: Callable[..., Awaitable[None]],
         probe: Draw,
         vocabulary: int,
     ) -> list[tuple[VllmServer, Group]]:
-        """Has all servers load the weights in a folder, and marks them; lost ones are reopened
-        first. The answers to the probe of those that did."""
+        """Has `give` hand the weights to all living servers, and marks these; lost ones are
+        reopened first. The answers to the probe of those that have them."""
         # Never a mark again: a server that failed half way through must not pass for a whole one.
-        label = self._label = f"fastsd-{version}-{uuid4().hex[:12]}"
+        label = self.label = _label(str(version))
+        self.everywhere(reopen, [server for server in self.servers if server.lost])
+        give()
 
-        async def take(client: httpx.AsyncClient, server: VllmServer) -> Group:
-            if server.lost:
-                await reopen(client, server)
-            await server.load_weights(client, weights, label)
+        async def renew(client: httpx.AsyncClient, server: VllmServer) -> Group:
+            await server.renew(client, label)
             return await server.complete(client, probe, vocabulary)
 
-        return self.everywhere(take)
+        return self.everywhere(renew, self.living)
 
     def is_current(self) -> bool:
         """Whether every server that can be reached holds the weights of the last `load`. One that
@@ -92,9 +110,9 @@ class Fleet:
 
         async def check(client: httpx.AsyncClient, server: VllmServer) -> bool:
             try:
-                holds = await server.holds(client, self._label)
+                holds = await server.holds(client, self.label)
             except ServerLost as error:
-                self._lose(server, str(error))
+                self.lose(server, str(error))
                 return True
             if holds:
                 server.lost = None
@@ -105,10 +123,10 @@ class Fleet:
 
     def state(self) -> tuple[str, list[str | None]]:
         """What another process's fleet of the same servers `follow`s."""
-        return self._label, [server.lost for server in self.servers]
+        return self.label, [server.lost for server in self.servers]
 
     def follow(self, state: tuple[str, list[str | None]]) -> None:
-        self._label, lost = state
+        self.label, lost = state
         for server, why in zip(self.servers, lost, strict=True):
             server.lost = why
 
@@ -127,7 +145,7 @@ class Fleet:
                     try:
                         return server, await server.complete(client, draw, vocabulary)
                     except ServerLost as error:
-                        self._lose(server, str(error))
+                        self.lose(server, str(error))
                         self.retried += 1
 
         found: dict[int, tuple[VllmServer, Group]] = {}
@@ -145,18 +163,19 @@ class Fleet:
 
         async def check(server: VllmServer) -> list[VllmServer]:
             try:
-                if await server.holds(client, self._label):
+                if await server.holds(client, self.label):
                     return []
             except ServerLost as error:
                 # It died after its groups; those are as good as any.
-                self._lose(server, str(error))
+                self.lose(server, str(error))
                 return []
-            self._lose(server, " has other weights: it was restarted, or another run uses it")
+            self.lose(server, " has other weights: it was restarted, or another run uses it")
             return [server]
 
         return sum(await gather([check(server) for server in self.living]), [])
 
-    def _lose(self, server: VllmServer, why: str) -> None:
+    def lose(self, server: VllmServer, why: str) -> None:
+        """Leaves it out until the weights are looked after again."""
         if not server.lost:
             log.warning("vLLM server %s is left out: %s", server.url, why)
         server.lost = why
@@ -201,6 +220,10 @@ class _Turns:
         return fits or not held
 
 
+def _label(name: str) -> str:
+    return f"fastsd-{name}-{uuid4().hex[:12]}"
+
+
 @functools.cache
 def _background_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
@@ -223,7 +246,8 @@ async def _with_client(use: Callable[[httpx.AsyncClient], Coroutine[Any, Any, T]
     import httpx
 
     # Who asks limits the connections, and the server the seconds. No proxy from the environment.
-    limits = httpx.Limits(max_connections=None)
+    # vLLM closes a connection after an error of its own, maybe under the next request.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(None, connect=CONNECT_S)
     async with httpx.AsyncClient(trust_env=False, limits=limits, timeout=timeout) as client:
         return await use(client)

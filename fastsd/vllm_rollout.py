@@ -1,10 +1,10 @@
 """Prompts to responses: vLLM servers over HTTP, behind the in-process sampler's protocol.
 
-Responses are on-policy only if the servers hold this run's weights. `update_weights` writes them as
-a Hugging Face folder that the servers can read, has them reloaded and the prefix caches emptied,
-and then compares a probe: the log-probs of a served response against the policy's own forward. That
-catches servers of another model, stale weights, and log-probs of another kind; two roundings of
-the same weights lie far below `PROBE_TOLERANCE`. A server belongs to one run at a time.
+Responses are on-policy only if the servers hold this run's weights. `update_weights` gives them to
+all, by a folder that they can read (`sync`) or over NCCL (`weight_transfer`), has the prefix caches
+emptied, and then compares a probe: the log-probs of a served response against the policy's own
+forward. That catches servers of another model, stale weights, and log-probs of another kind; two
+roundings of the same weights lie far below `PROBE_TOLERANCE`. A server belongs to one run at once.
 
 With `rollout.max_staleness` = k the servers keep weights that are at most k updates old, which
 saves their transfer. The policy term then weighs each token by its probability ratio to the
@@ -33,10 +33,12 @@ from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters
 from fastsd.sections import RolloutConfig
 from fastsd.sharding import Replica
-from fastsd.sync import names_of_head, remove_others, write_weights
+from fastsd.sync import SharedFiles
 from fastsd.types import Branch, Prompt, Rollout, StepMetrics, TokenTree
+from fastsd.vllm_draw import Draw
 from fastsd.vllm_fleet import Fleet
-from fastsd.vllm_server import Draw, RolloutError, VllmServer
+from fastsd.vllm_server import RolloutError, VllmServer
+from fastsd.weight_transfer import Choice, WeightTransfer, choose_sync
 from fastsd.world import ALONE, World
 from fastsd_kernels import fused_linear_statistics
 
@@ -54,9 +56,9 @@ class VllmSampler(Sampler):
     """Samples responses from vLLM servers that are given the policy's weights.
 
     folder: where the weights are written for them. world: the run's ranks; each draws from the same
-    servers, and the first one hands over the weights. Opening asks every server for its model,
-    longest sequence and tokenizer. Raises RolloutError for settings or servers that this run cannot
-    use, RolloutUnavailable for servers that do not answer.
+    servers, and the first one hands over the weights, as `sync` does. Opening asks every server for
+    its model, longest sequence and tokenizer. Raises RolloutError for settings or servers that this
+    run cannot use, RolloutUnavailable for servers that do not answer.
     """
 
     def __init__(
@@ -69,21 +71,24 @@ class VllmSampler(Sampler):
     ):
         super().__init__(policy, renderer, config)
         _refuse_settings(config)
-        self.folder = folder.resolve()
         self.world = world
         self.fleet = Fleet(config, world.size)
         # Asked while the weights are whole: many processes keep a part of them each.
-        self._vocabulary, self._head_names = len(policy.head_VD), names_of_head(policy)
+        self._vocabulary = len(policy.head_VD)
         self.version: int | None = None
         self._metrics: StepMetrics = {}
-        self.fleet.everywhere(self._open)
-        if any(server.lost for server in self.fleet.servers):
-            raise self.fleet.unavailable("rollout.servers: not all answer")
+        choice, *_ = world.together(self._open_fleet)
+        self._why = f" ({choice.why})" if choice.why else ""
+        self.sync: SharedFiles | WeightTransfer = (
+            SharedFiles(policy, folder)
+            if choice.kind == "files"
+            else WeightTransfer(policy, config.timeout_s)
+        )
 
     @property
     def name(self) -> str:
         count = len(self.fleet.servers)
-        return f"vLLM, {count} server{'s' * (count > 1)}"
+        return f"vLLM, {count} server{'s' * (count > 1)}, weights by {self.sync.name}{self._why}"
 
     def metrics(self) -> StepMetrics:
         """rollout/staleness: updates that the weights which the servers hold are behind;
@@ -99,11 +104,13 @@ class VllmSampler(Sampler):
         key: tuple[int, ...],
         temperature: float | None = None,
     ) -> list[Rollout]:
-        """As Sampler.sample. Raises RolloutError, RolloutUnavailable where no server is left."""
+        """As Sampler.sample. Raises RolloutError, RolloutUnavailable where no server is left. Of
+        many ranks each draws its own, after all have called `update_weights`."""
         if not prompts:
             return []
         if self.version is None:
-            self._first_weights()
+            assert self.world.size == 1, "one rank cannot collect the weights"
+            self.update_weights(0)
         temperature = self.config.temperature if temperature is None else temperature
         seeds = row_counters(key, prompts, 1).tolist()
         draws = [
@@ -130,9 +137,9 @@ class VllmSampler(Sampler):
         """
         start, weights = time.perf_counter(), weights or Replica(self.policy)
         if not self.world.lead(lambda: self._serves(version, staleness)):
-            save = weights.saver()
+            give = self.sync.collect(weights)
             with weights.gathered():
-                self.world.lead(lambda: self._give_weights(version, save))
+                self.world.lead(lambda: self._give_weights(version, give))
         told = self.world.lead(lambda: (self.version, self.fleet.state(), self._metrics))
         self.version, state, self._metrics = told
         self.fleet.follow(state)
@@ -144,27 +151,30 @@ class VllmSampler(Sampler):
         behind = math.inf if self.version is None else version - self.version
         return 0 <= behind <= staleness and self.fleet.is_current()
 
-    def _give_weights(self, version: int, save: Callable[[Path], None]) -> None:
+    def _give_weights(self, version: int, give: Callable[[Fleet, int], None]) -> None:
         self.version = None
-        try:
-            folder = write_weights(save, self._head_names, self.folder, version)
-        except OSError as error:
-            raise RolloutError(f"{self.folder}: no weights for the servers: {error}") from error
-        probes = self.fleet.load(folder, version, self._open, self._probe(), self._vocabulary)
+        fleet = self.fleet
+        probes = fleet.load(
+            lambda: give(fleet, version), version, self._open, self._probe(), self._vocabulary
+        )
         if not probes:
-            raise self.fleet.unavailable("no vLLM server took the new weights")
+            raise fleet.unavailable("no vLLM server took the new weights")
         gaps = [self._checked_gap(server, *group) for server, [group] in probes]
-        remove_others(folder)
+        self.sync.settle()
         self.version = version
         self._metrics["rollout/probe_gap"] = max(gaps)
 
-    def _first_weights(self) -> None:
-        if self.world.size > 1:  # one rank cannot collect them
-            raise RolloutError(
-                "the servers have no weights of this run yet, and it was stopped while advantages "
-                "were measured: start it anew, or continue with --report.questions 0"
-            )
-        self.update_weights(0)
+    def _open_fleet(self) -> Choice:
+        """Asks whether the servers can be used; on the first rank also how they get weights."""
+        fleet = self.fleet
+        fleet.everywhere(self._open)
+        choice = Choice("files")
+        if self.world.leads and fleet.living:
+            fleet.refuse_doubles()
+            choice = choose_sync(self.config, self.policy.device, fleet)
+        if any(server.lost for server in fleet.servers):
+            raise fleet.unavailable("rollout.servers: not all answer as vLLM does")
+        return choice
 
     def _draw(self, prompt_ids: tuple[int, ...], samples: int, seed: int, temperature: float):
         c = self.config

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.types import FastsdError
+from fastsd.vllm_draw import Draw, Group, excerpt, read_group
 
 if TYPE_CHECKING:
     import httpx
 
-# (ids, logprobs) of each sample of a group, in order.
-Group = list[tuple[list[int], list[float]]]
 # Seconds for a whole reply: the answer to a small question, new weights.
 SHORT_S, WEIGHTS_S = 30.0, 600.0
 RESET_PAUSES_S = (0.1, 0.5, 2.0, 5.0)
@@ -29,7 +26,9 @@ RESET_PAUSES_S = (0.1, 0.5, 2.0, 5.0)
 LONGEST_REPLY = 256 * 2**20
 DEVELOPER_PATHS = (
     *("/collective_rpc", "/reset_prefix_cache"),
-    *("/update_weight_version", "/weight_info"),
+    *("/update_weight_version", "/weight_info", "/server_info", "/get_world_size"),
+    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine"),
+    *("/start_weight_update", "/update_weights", "/finish_weight_update"),
 )
 NO_DEVELOPER_MODE = "start it, vLLM 0.32 or newer, with VLLM_SERVER_DEV_MODE=1 in its environment"
 
@@ -46,48 +45,6 @@ class RolloutUnavailable(FastsdError):
 
 class ServerLost(Exception):
     """This server cannot be reached or failed; another may do. Never leaves the sampler."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A group of responses that is asked for: `samples` continuations of one prompt."""
-
-    prompt_ids: tuple[int, ...]
-    samples: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    stop_ids: frozenset[int]
-    seed: int
-
-    @property
-    def tokens(self) -> int:
-        """The most that a server holds for it: the prompt once, and every response."""
-        return len(self.prompt_ids) + self.samples * self.max_new_tokens
-
-    def body(self, model: str) -> dict[str, Any]:
-        """The request. What the server's generation config would set is set here, and `ignore_eos`
-        leaves our stop ids as the only ones."""
-        return {
-            "model": model,
-            "prompt": list(self.prompt_ids),
-            "n": self.samples,
-            "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "ignore_eos": True,
-            "stop_token_ids": sorted(self.stop_ids),
-            "seed": self.seed,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        }
 
 
 class VllmServer:
@@ -134,28 +91,71 @@ class VllmServer:
         if found != ids:
             raise RolloutError(
                 f"{self.url} serves {self.model!r} with another tokenizer than this run's model: "
-                f"{text!r} is {_excerpt(found)} to it and {ids} here; serve the folder or model of "
+                f"{text!r} is {excerpt(found)} to it and {ids} here; serve the folder or model of "
                 "model.name"
             )
 
-    async def load_weights(self, client: httpx.AsyncClient, folder: Path, label: str) -> None:
-        """Replaces the weights by those in a Hugging Face folder that the server can read too,
-        forgets keys and values of the old ones, and marks the new ones with `label`."""
+    async def load_weights(self, client: httpx.AsyncClient, folder: Path) -> None:
+        """Replaces the weights by those in a Hugging Face folder that the server can read too."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        found = f", where {folder} can be read"
+        await self._load(client, "/collective_rpc", call, WEIGHTS_S, found)
+
+    async def transfer(
+        self, client: httpx.AsyncClient, call: str, timeout: float, body: dict | None = None
+    ) -> None:
+        """One call of vLLM's weight transfer, e.g. "start_weight_update"."""
+        await self._ask(client, "POST", f"/{call}", body, timeout)
+
+    async def take_weights(
+        self, client: httpx.AsyncClient, update_info: dict[str, Any], timeout: float
+    ) -> None:
+        """Has the server's workers take the tensors that are broadcast meanwhile."""
+        await self._load(client, "/update_weights", {"update_info": update_info}, timeout)
+
+    async def _load(
+        self, client: httpx.AsyncClient, path: str, body: dict, timeout: float, where: str = ""
+    ) -> None:
         try:
-            await self._ask(client, "POST", "/collective_rpc", call, WEIGHTS_S)
+            await self._ask(client, "POST", path, body, timeout)
         except ServerLost as error:
             if self._has_loaded or "HTTP 500" not in str(error):
                 raise
             raise RolloutError(
-                f"{self.url} cannot load this run's weights: serve the model of model.name, where "
-                f"{folder} can be read ({error})"
+                f"{self.url} cannot load this run's weights: serve the model of model.name{where} "
+                f"({error})"
             ) from error
         self._has_loaded = True
+
+    async def transfer_backend(self, client: httpx.AsyncClient) -> str | None:
+        """The backend of weight transfer that it was started with; None for none."""
+        # Collecting the environment, which this page shows too, takes vLLM some seconds.
+        path = "/server_info?config_format=json"
+        reply = await self._ask(client, "GET", path, None, WEIGHTS_S)
+        try:
+            found = reply["vllm_config"].get("weight_transfer_config")
+            return None if found is None else str(found["backend"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._nonsense(path, f"no vllm_config as vLLM's: {error!r}") from error
+
+    async def workers(self, client: httpx.AsyncClient) -> int:
+        """How many workers hold its weights, each a member of a transfer's group."""
+        reply = await self._ask(client, "GET", "/get_world_size")
+        size = reply.get("world_size") if isinstance(reply, dict) else None
+        if type(size) is not int or size < 1:
+            raise self._nonsense("/get_world_size", f"{excerpt(reply)} names no world_size")
+        return size
+
+    async def mark(self, client: httpx.AsyncClient, label: str) -> None:
+        """Marks the weights that it has with `label`, until it has others or is restarted."""
+        await self._ask(client, "POST", "/update_weight_version", {"new_version": label})
+
+    async def renew(self, client: httpx.AsyncClient, label: str) -> None:
+        """Forgets the keys and values of former weights, and marks the present ones."""
         for pause_s in RESET_PAUSES_S:
             reply = await self._ask(client, "POST", "/reset_prefix_cache", None, WEIGHTS_S)
             if reply == {"success": True}:
-                await self._ask(client, "POST", "/update_weight_version", {"new_version": label})
+                await self.mark(client, label)
                 return
             # Requests that a client hung up on hold their blocks a moment longer.
             await asyncio.sleep(pause_s)
@@ -163,10 +163,10 @@ class VllmServer:
         raise self._nonsense("/reset_prefix_cache", why)
 
     async def holds(self, client: httpx.AsyncClient, label: str) -> bool:
-        """Whether its weights are those that `load_weights` marked so."""
+        """Whether its weights are marked so."""
         reply = await self._ask(client, "GET", "/weight_info")
         if not isinstance(reply, dict) or not isinstance(reply.get("weight_version"), str):
-            raise self._nonsense("/weight_info", f"{_excerpt(reply)} names no weight_version")
+            raise self._nonsense("/weight_info", f"{excerpt(reply)} names no weight_version")
         return reply["weight_version"] == label
 
     async def complete(self, client: httpx.AsyncClient, draw: Draw, vocabulary: int) -> Group:
@@ -179,20 +179,25 @@ class VllmServer:
             raise self._nonsense(path, f"{type(error).__name__}: {error}") from error
 
     async def _ask(
-        self, client: httpx.AsyncClient, method: str, path: str, body=None, timeout: float = SHORT_S
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body=None,
+        timeout: float | None = None,
     ) -> Any:
-        status, content = await self._exchange(client, method, path, body, timeout)
+        status, content = await self._exchange(client, method, path, body, timeout or SHORT_S)
         text = content.decode(errors="replace")
         if status >= 500 or status == 429:
-            raise ServerLost(f"{path} answered HTTP {status}: {_excerpt(text)}")
-        if status == 404 and path in DEVELOPER_PATHS:
+            raise ServerLost(f"{path} answered HTTP {status}: {excerpt(text)}")
+        if status == 404 and path.partition("?")[0] in DEVELOPER_PATHS:
             raise RolloutError(f"{self.url} has no {path}: {NO_DEVELOPER_MODE}")
         if status != 200:
-            raise RolloutError(f"{self.url}{path} answered HTTP {status}: {_excerpt(text)}")
+            raise RolloutError(f"{self.url}{path} answered HTTP {status}: {excerpt(text)}")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise self._nonsense(path, f"{_excerpt(text)} is not JSON") from error
+            raise self._nonsense(path, f"{excerpt(text)} is not JSON") from error
 
     async def _exchange(
         self, client: httpx.AsyncClient, method: str, path: str, body, timeout: float
@@ -213,48 +218,8 @@ class VllmServer:
         except TimeoutError as error:
             raise ServerLost(f"{path} gave no whole reply in {timeout:.0f} s") from error
         except httpx.HTTPError as error:
-            raise ServerLost(f"{path}: {type(error).__name__}: {_excerpt(error)}") from error
+            raise ServerLost(f"{path}: {type(error).__name__}: {excerpt(error)}") from error
         return response.status_code, bytes(content)
 
     def _nonsense(self, path: str, what: str) -> RolloutError:
         return RolloutError(f"the reply of {self.url}{path} cannot be used: {what}")
-
-
-def read_group(reply: Any, draw: Draw, vocabulary: int) -> Group:
-    """(ids, logprobs) of each sample. Raises KeyError, TypeError or ValueError saying what is wrong
-    with the reply: nothing of it is taken on trust."""
-    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-    if [choice["index"] for choice in choices] != list(range(draw.samples)):
-        raise ValueError(f"{len(choices)} choices for n = {draw.samples}")
-    if list(choices[0]["prompt_token_ids"]) != list(draw.prompt_ids):
-        raise ValueError("it answers another prompt's token ids")
-    group = []
-    for choice in choices:
-        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        _check_response(ids, logprobs, choice["finish_reason"], draw, vocabulary)
-        group.append((ids, [min(0.0, float(logprob)) for logprob in logprobs]))
-    return group
-
-
-def _check_response(ids, logprobs, finish: str, draw: Draw, vocabulary: int) -> None:
-    if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-        raise ValueError(f"token ids outside the {vocabulary} of this run's model, or none")
-    if len(logprobs) != len(ids) or not all(map(math.isfinite, logprobs)):
-        raise ValueError(f"{len(logprobs)} log-probs for {len(ids)} tokens, or one not finite")
-    if max(logprobs) > 1e-3:
-        raise ValueError(
-            f"{max(logprobs)} as a log-prob: start it without --logprobs-mode *_logits"
-        )
-    stops = [i in draw.stop_ids for i in ids]
-    whole = len(ids) == draw.max_new_tokens
-    ended = {"stop": stops[-1], "length": whole and not stops[-1]}.get(finish, False)
-    if any(stops[:-1]) or not ended or len(ids) > draw.max_new_tokens:
-        raise ValueError(
-            f"a response of {len(ids)} tokens that ended by {_excerpt(finish)} and not by one of "
-            "this run's stop tokens or at rollout.max_new_tokens"
-        )
-
-
-def _excerpt(value: object) -> str:
-    text = str(value)
-    return "".join(c if c.isprintable() else " " for c in text[:300]) or "nothing"

@@ -6,6 +6,9 @@ not happen is that one rank waits for another that has failed. So work that a ra
 and that may fail, goes through `together` or `lead`: an error on any rank is raised on all. What
 cannot be caught so, a rank that died or hangs, ends the others' next message after
 `parallel.timeout_s` with RankLost. Only objects in memory go from rank to rank, never files.
+
+What the user reads is one program's output: rank 0 prints, and an error that all ranks raise is
+printed once on each machine.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -21,6 +26,8 @@ from fastsd.types import FastsdError
 
 T = TypeVar("T")
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# How long a rank's error waits for the same one of its machine's first rank.
+SECOND_VOICE_S = 5.0
 
 
 class RankLost(FastsdError):
@@ -124,11 +131,38 @@ def guarded(where: Callable[[], str] = lambda: "") -> Iterator[None]:
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """For a program's whole run: ranks beside the first print nothing but errors."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, also before the world is open."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse_many() -> None:
+    """Raises FastsdError where torchrun started a program several times that is one process's."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise FastsdError(
+            f"torchrun started this program {size} times (WORLD_SIZE), and each would do all the "
+            "work and write the same files: start it once, with python instead of torchrun, or "
+            "unset WORLD_SIZE"
+        )
+
+
+def hear_the_first() -> None:
+    """Before an error is printed: other ranks of a machine wait for its first. Mostly that one
+    fails for the same reason, and torchrun ends the others before they say it again."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    # The run is over, what was to be saved is saved: the launcher's signal may end this rank.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
+    time.sleep(SECOND_VOICE_S)
 
 
 def _connect(world: World, device: str) -> None:
@@ -146,7 +180,35 @@ def _connect(world: World, device: str) -> None:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         # torchrun may keep its store over a restart, with the addresses of ranks that are gone.
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        _refuse_other_devices(store, world, "CUDA" if on_gpu else "the CPU")
+        if on_gpu:
+            _take_gpu(world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _refuse_other_devices(store: Any, world: World, own: str) -> None:
+    """Ranks on GPUs and on CPUs would wait for one another without end: the backends differ."""
+    store.set(f"device/{world.rank}", own)
+    found = store.multi_get([f"device/{rank}" for rank in range(world.size)])
+    kinds = [kind.decode() for kind in found]
+    other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is not None:
+        raise FastsdError(
+            f"rank 0 would run on {kinds[0]} and rank {other} on {kinds[other]}: give every node "
+            "the same --device, and see that torch finds GPUs on all of them or on none"
+        )
+
+
+def _take_gpu(world: World) -> None:
+    import torch
+
+    here, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > here:
+        raise FastsdError(
+            f"torchrun started {ranks} processes on this machine, where torch finds {here} GPUs: "
+            f"start it with --nproc-per-node {here}, or with --device cpu"
+        )
+    torch.cuda.set_device(world.local_rank)
 
 
 def _described(error: BaseException | None) -> tuple[type, str, int] | None:

@@ -1,6 +1,8 @@
-"""Users' reward functions for test_verify.py, good and bad."""
+"""Users' reward functions, good and bad: of test_verify.py and of runs of many ranks."""
 
 from __future__ import annotations
+
+import zlib
 
 
 def lengths(prompts, completions, completion_ids, level, **columns):
@@ -36,3 +38,14 @@ def not_a_list(completions, **columns):
 
 
 NOT_CALLABLE = 3
+
+
+def coin(completions, **columns):
+    """Right half of the time, whatever the model knows: by a checksum of the text."""
+    return [float(zlib.crc32(each[0]["content"].encode()) % 2) for each in completions]
+
+
+def coin_for_some(prompts, completions, **columns):
+    """As coin for two thirds of the questions; no response to the others is right."""
+    chosen = [sum(map(ord, turns[-1]["content"])) % 3 > 0 for turns in prompts]
+    return [reward * one for reward, one in zip(coin(completions), chosen, strict=True)]

@@ -2,8 +2,8 @@
 
 train    FOLDER/cases.json maps names to {config, resume: null or [run folder's name, step]}; each
          is trained into FOLDER/NAME-RANKS, or continued there from a checkpoint of another run.
-         memory-RANK.json has the bytes of the rank's shards after the last update, error-RANK.json
-         what ended it.
+         memory-RANK.json has the bytes of the rank's shards after the last update, and how much
+         of the head it had in the loss head; error-RANK.json what ended it.
 world    what World does where a rank fails; answers go to FOLDER/RANK.json.
 """
 
@@ -35,15 +35,20 @@ _update = training.update
 def shard_bytes(session, *args, **kwargs):
     """An update; then notes what this rank holds, the gradients being those before the step."""
     step, gradients = session.optimizer.step, {}
+    loss_head, heads = session.weights.loss_head, set()
+
+    def noted_head(*given):
+        heads.add(len(local(session.policy.head_VD)))
+        return loss_head(*given)
 
     def noted_step():
         found = session.optimizer.parameters.items()
         gradients.update({name: local(p.grad) for name, p in found if p.grad is not None})
         return step()
 
-    session.optimizer.step = noted_step
+    session.optimizer.step, session.weights.loss_head = noted_step, noted_head
     statistics = _update(session, *args, **kwargs)
-    session.optimizer.step = step
+    session.optimizer.step, session.weights.loss_head = step, loss_head
     state = session.optimizer.state_tensors()
     parts = {
         "parameters": dict(session.policy.model.named_parameters()),
@@ -51,6 +56,7 @@ def shard_bytes(session, *args, **kwargs):
         "gradients": gradients,
     }
     sizes = {name: sum(local(t).nbytes for t in part.values()) for name, part in parts.items()}
+    sizes["head rows"] = sum(heads)
     file = session.run_dir / f"memory-{session.world.rank}.json"
     file.write_text(json.dumps(sizes))
     return statistics

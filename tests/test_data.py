@@ -1,129 +1,24 @@
-"""Rows become prompts or located errors; sources lose and repeat nothing."""
+"""Sources of questions lose and repeat nothing; what a run needs is there or is asked for."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from rows import write_rows
 
-from fastsd.data import DataError, RowSource, load_data, main, read_prompts
+from fastsd.data import RowSource, load_data, main
+from fastsd.data_files import DataError, read_prompts
 from fastsd.sections import DataConfig
 from fastsd.tasks import load_task
 
 
-def jsonl(tmp_path, *rows, name="rows.jsonl"):
-    path = tmp_path / name
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def test_fields_of_each_shape(tmp_path):
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q<|im_end|>"}]
-    path = jsonl(
-        tmp_path,
-        {"prompt": "one", "answer": 42, "solution": "40+2", "level": 3, "tags": ["a"]},
-        "",
-        {"messages": turns, "answer": " 4.0 ", "id": 7},
-        {"prompt": turns, "answer": 0.5},
-        {"question": "three"},
-        {"problem": "four", "answer": None},
-    )
-    one, two, three, four, five = read_prompts(path, {})
-    assert one.messages == ({"role": "user", "content": "one"},) and one.question == "one"
-    assert (one.id, one.answer, one.solution) == ("rows.jsonl:1", "42", "40+2")
-    assert one.columns == {"level": 3, "tags": ["a"]}
-    assert two.messages == tuple(turns) and two.question == "q<|im_end|>"
-    assert (two.id, two.answer, two.columns) == ("7", " 4.0 ", {})
-    assert three.messages == tuple(turns) and three.answer == "0.5"
-    assert (four.id, four.answer, four.solution) == ("rows.jsonl:5", None, None)
-    assert five.question == "four" and five.answer is None
-
-
-def test_mapping(tmp_path):
-    row = {"prompt": "not this", "task_text": "this", "expected_answer": "1", "answer": "no"}
-    path = jsonl(tmp_path, row)
-    columns = {"question": "task_text", "answer": "expected_answer"}
-    (prompt,) = read_prompts(path, columns)
-    assert (prompt.question, prompt.answer) == ("this", "1")
-    assert prompt.columns == {"prompt": "not this", "answer": "no"}
-
-
-def test_parquet_is_read_like_jsonl(tmp_path):
-    rows = [
-        {"messages": [{"role": "user", "content": "q1", "name": None}], "answer": "1", "n": 1},
-        {"messages": [{"role": "user", "content": "q2", "name": None}], "answer": None, "n": 2},
-    ]
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    first, second = read_prompts(path, {})
-    assert first.messages == ({"role": "user", "content": "q1"},)
-    assert (second.id, second.answer, second.columns) == ("rows.parquet:2", None, {"n": 2})
-
-
-GOOD = {"prompt": "q", "answer": "1"}
-USER = {"role": "user", "content": "q"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "message"),
-    [
-        ([GOOD, '{"prompt": "q"'], {}, "row 2: not JSON"),
-        ([GOOD, "", "[" * 100_000], {}, "row 3: not JSON"),
-        ([GOOD, "[1]"], {}, r"row 2: expected an object with columns, found list \[1\]"),
-        ([], {}, "has no rows"),
-        ([GOOD, {"prompt": 3}], {}, "row 2, prompt: expected text, found int 3"),
-        ([{"prompt": " "}], {}, "row 1, prompt: the text is empty"),
-        ([{"prompt": "\ud800"}], {}, "row 1, prompt: not valid Unicode"),
-        ([{"prompt": []}], {}, r"row 1, prompt: expected a list of messages, found list \[\]"),
-        ([{"messages": "q"}], {}, "row 1, messages: expected a list of messages, found str"),
-        ([{"messages": ["q"]}], {}, r"messages\[0\]: expected an object with role"),
-        ([{"messages": [{**USER, "role": "User"}]}], {}, r"messages\[0\].role.*'User'"),
-        ([{"messages": [{"role": "user"}]}], {}, r"messages\[0\].content: .* found nothing"),
-        ([{"messages": [{**USER, "tool": 1}]}], {}, r"messages\[0\].tool: only role and content"),
-        ([{"messages": [USER, {**USER, "role": "assistant"}]}], {}, "must be the user's.*assist"),
-        ([{"answer": "1"}], {}, "row 1: no question; .*found answer; map yours"),
-        ([{"prompt": "a", "problem": "b"}], {}, "prompt, problem could each be the question"),
-        ([{**GOOD, "answer": [1]}], {}, r"row 1, answer: expected text, found list \[1\]"),
-        ([{**GOOD, "answer": True}], {}, "row 1, answer: expected text, found bool True"),
-        ([{**GOOD, "answer": ""}], {}, "row 1, answer: the text is empty"),
-        (['{"prompt": "q", "answer": NaN}'], {}, "row 1, answer: expected text, found float nan"),
-        ([{**GOOD, "solution": {}}], {}, "row 1, solution: expected text, found dict {}"),
-        ([{**GOOD, "id": "a"}] * 2, {}, "row 2, id: 'a' is also the id of row 1"),
-        ([{**GOOD, "id": 1.5}], {}, "row 1, id: expected text, found float 1.5"),
-        ([GOOD], {"anwser": "x"}, "no field 'anwser'; did you mean 'answer'"),
-        ([{"promt": "q"}], {"question": "prompt"}, "'prompt'.*columns.question.*mean 'promt'"),
-    ],
-)
-def test_located_errors(tmp_path, rows, columns, message):
-    path = jsonl(tmp_path, *rows)
-    with pytest.raises(DataError, match=message) as caught:
-        read_prompts(path, columns)
-    if not columns or "columns" not in str(caught.value)[:20]:
-        assert str(path) in str(caught.value)
-
-
-def test_file_errors(tmp_path):
-    with pytest.raises(DataError, match="nowhere.jsonl: there is no such file"):
-        read_prompts(tmp_path / "nowhere.jsonl", {})
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(DataError, match="expected a .jsonl or .parquet"):
-        read_prompts(tmp_path / "rows.csv", {})
-    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "ok"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match="row 2: not UTF-8"):
-        read_prompts(tmp_path / "rows.jsonl", {})
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="not a readable parquet"):
-        read_prompts(tmp_path / "rows.parquet", {})
-
-
 @pytest.fixture
 def prompts(tmp_path):
-    return read_prompts(jsonl(tmp_path, *({"prompt": f"q{n}"} for n in range(17))), {})
+    return read_prompts(
+        write_rows(tmp_path / "rows.jsonl", *({"prompt": f"q{n}"} for n in range(17))), {}
+    )
 
 
 def test_every_epoch_has_every_row_once(prompts):
@@ -164,8 +59,8 @@ def test_task_source():
 
 def test_load_data_from_files_and_its_errors(tmp_path):
     rows = [{"q": f"q{n}"} for n in range(3)]
-    train_file = str(jsonl(tmp_path, *rows, name="train.jsonl"))
-    eval_file = str(jsonl(tmp_path, *rows[:2], name="eval.jsonl"))
+    train_file = str(write_rows(tmp_path / "train.jsonl", *rows))
+    eval_file = str(write_rows(tmp_path / "eval.jsonl", *rows[:2]))
     columns = {"question": "q"}
     config = DataConfig(train=train_file, eval=eval_file, columns=columns, shuffle=False)
     train, held_out = load_data(config, None, 0)
@@ -181,7 +76,7 @@ def test_load_data_from_files_and_its_errors(tmp_path):
 
 
 def test_check_command(tmp_path, capsys):
-    path = jsonl(tmp_path, {"q": "why"}, {"q": "how"})
+    path = write_rows(tmp_path / "rows.jsonl", {"q": "why"}, {"q": "how"})
     assert main(["check", str(path), "question=q"]) == 0
     printed = capsys.readouterr().out
     assert "2 rows" in printed and "why" in printed

@@ -1,11 +1,14 @@
-"""--dry-run on the paper's recipe with a tiny random Qwen3 that has the real chat template."""
+"""--dry-run of the paper's recipe with a tiny random Qwen3 that has the real chat template, and of
+two ranks."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+from dry_run_worker import CASES
 from tiny_models import build_tiny_qwen3
+from torchrun import finished, torchrun
 
 from fastsd.train import main
 
@@ -53,3 +56,31 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
         assert int(re.search(r"with feedback (\d+),", output)[1]) > 2048
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"qwen3", "train.jsonl", "eval.jsonl", "critiques.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    finished(torchrun(str(Path(__file__).parent / "dry_run_worker.py"), str(folder)))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_runs_the_longest_row(ranks, case):
+    told = [rank[case] for rank in ranks]
+    assert [rank["tokens"] for rank in told] == [24, 24]
+    assert [rank["batches"] for rank in told] == [1, 1]
+    assert "one update on every rank in" in told[0]["text"]
+
+
+def test_the_report_of_many_ranks_says_how_weights_lie_and_what_each_holds(ranks):
+    def mebibytes(case: str, part: str) -> float:
+        line = re.search(rf"memory, {part}: (\S+) MiB on each of 2 ranks", ranks[0][case]["text"])
+        return float(line[1])
+
+    for case in CASES:
+        assert "weights: FSDP2 over 2 ranks" in ranks[0][case]["text"]
+        whole = mebibytes(case, "all weights, while responses are sampled")
+        assert mebibytes(case, "weights") == pytest.approx(whole / 2, abs=0.1)
+    assert mebibytes("critique", "teacher's average") == mebibytes("critique", "weights")
+    assert mebibytes("lora", "gradients") < mebibytes("critique", "gradients") / 4

@@ -48,8 +48,8 @@ def test_the_table_is_complete_and_names_its_sources():
     for name, device in table().items():
         assert device.bf16_tflops > device.fp32_tflops > 0 and device.memory_gib > 8
         assert device.link_gbs >= device.network_gbs > 0 and device.memory_gbs > 500
-        heading = next(line for line in text.splitlines() if line.startswith(f"[{name}]"))
-        assert "#" in heading  # the data sheet
+        before = text[: text.index(f"[{name}]")].rstrip().splitlines()[-3:]
+        assert any("data sheet" in line or "white paper" in line for line in before)
 
 
 def test_hardware_is_read_with_count_and_any_case():
@@ -66,6 +66,7 @@ def test_hardware_is_read_with_count_and_any_case():
         ("8", ["COUNTxNAME"]),
         ("", ["COUNTxNAME"]),
         ("8xTPUv9000", ["There are", "H100"]),
+        ("H100x8", ["did you mean 8xH100?"]),
     ],
 )
 def test_unknown_hardware_is_refused_with_what_there_is(text, words):
@@ -73,6 +74,12 @@ def test_unknown_hardware_is_refused_with_what_there_is(text, words):
         parse_hardware(text)
     for word in words:
         assert word in str(error.value)
+
+
+def test_servers_are_never_this_machine():
+    with pytest.raises(PlanError) as error:
+        parse_hardware("cpu", "--rollout-hardware")
+    assert "--rollout-hardware cpu" in str(error.value) and "and cpu" not in str(error.value)
 
 
 def test_seconds_follow_the_roofline(llama):
@@ -133,10 +140,12 @@ def test_the_command_prints_a_plan_and_json_of_it(command):
     status, out, _ = command("--hardware", "2xH100", "--question", "64", "--feedback", "40")
     assert status == 0
     for words in ("student backward", "largest optim.micro_batch_tokens", "predicted, not measured",
-                  "2 ranks", "peak", "unshared", "link MB", "without shared prefixes"):  # fmt: skip
+                  "2 ranks", "loss head gathered", "peak", "unshared", "link MB",
+                  "without shared prefixes"):  # fmt: skip
         assert words in out
     status, out, _ = command("--hardware", "2xH100", "--question", "64", "--json")
     [found] = json.loads(out)["plans"]
+    assert found["loss_head"]["layout"] == "gathered"
     assert found["ranks"] == 2 and found["questions_a_rank"] == 2
     low, high = found["step_seconds"]
     assert 0 < low < high
@@ -177,6 +186,9 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_to_change(command, 
     assert "DOES NOT FIT" in out
 
 
+SPLIT = {"parallel__head": "sharded", "loss__impl": "chunked"}
+
+
 @pytest.mark.parametrize(
     ("words", "changes", "said"),
     [
@@ -186,6 +198,13 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_to_change(command, 
         (["--hardware", "1xH100", "--question", "40000", "--feedback", "30000"], {}, "positions"),
         (["--hardware", "1xH100"], {"model__name": "/nowhere/at/all"}, "cannot be read"),
         (["--hardware", "1xH100"], {"optim__lr": "-1"}, "optim.lr"),
+        (["--hardware", "1xH100", "--rollout-hardware", "1xH100"], {}, 'rollout.engine = "inpro'),
+        (["--hardware", "1xH100", "--critic-hardware", "1xH100"], {}, "has no critic"),
+        (["--hardware", "1xH100", "--critique", "9"], {}, "has no critic"),
+        (["--hardware", "1xH100", "--critique", "9"], {"condition": "all"}, 'critic.kind = "rule"'),
+        (["--hardware", "1xH100", "--feedback", "9"], {"condition": "grpo"}, "shows none"),
+        (["--hardware", "1xH100", "--nonsense", "9"], {}, "unknown key"),
+        (["--hardware", "2xH100"], SPLIT, "leave parallel.head"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(command, words, changes, said):
@@ -193,9 +212,23 @@ def test_bad_input_is_refused(command, words, changes, said):
     assert status == 2 and said in err and "Traceback" not in err
 
 
-def test_a_configuration_without_language_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ModelError, match="configuration"):
+GEMMA = '{"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "not a valid JSON"),
+        ('{"model_type": "clip"}', "configuration"),
+        ('{"model_type": "mamba"}', "decoder-only"),
+        (GEMMA, "softcapping"),
+    ],
+)
+def test_a_configuration_that_cannot_be_planned_is_refused(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=said):
         count_model(ModelConfig(name=str(tmp_path)), torch.float32)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, losses, small_config
+from runs import LORA, final_state, losses, small_config
 from safetensors.torch import load_file
 from sharded_run_worker import train_cases
 from tiny_models import build_tiny
@@ -21,11 +21,15 @@ from torchrun import finished, torchrun
 from transformers import AutoModelForCausalLM
 
 from fastsd.checkpoint import checkpoints
+from fastsd.sharded_checkpoint import SavedTensors
 
 WORKER = Path(__file__).parent / "sharded_run_worker.py"
 STEPS = 10
 # Between two batches of rollouts, and within one: the buffer is part of what is carried over.
 RESUMED = {"reference-ema": 5, "critique-hybrid": 5}
+
+
+SPLIT = {"head": "sharded"}
 
 
 def settings(condition: str, **changes) -> dict:
@@ -58,6 +62,33 @@ def cases(untied: Path) -> dict[str, dict]:
             model={"name": str(untied)},
             prompt={"max_prompt_tokens": 512, "max_feedback_tokens": 512},
             guard={"collapse": "off"},
+        ),
+        # The head's vocabulary split over the ranks: its own weights, the embedding's, frozen ones,
+        # a second head of the teacher's. Ranks have different numbers of rows.
+        "untied-split": settings(
+            "reference",
+            model={"name": str(untied)},
+            prompt={"max_prompt_tokens": 512, "max_feedback_tokens": 512},
+            guard={"collapse": "off"},
+            teacher={"kind": "ema"},
+            rollout={"prompts_per_step": 3},
+            parallel=SPLIT,
+        ),
+        "hybrid-split": settings(
+            "critique",
+            model={"gradient_checkpointing": True},
+            rollout=twice,
+            loss={"policy_weight": 0.5, "entropy_weight": 0.01, "clip": 0.2, "top_k": 5},
+            optim={"micro_batch_tokens": 120},
+            parallel=SPLIT,
+        ),
+        "off-split": settings(
+            "critique", teacher={"kind": "adapter_off"}, model={"lora": LORA}, parallel=SPLIT
+        ),
+        # The last token is all but certain: its gradient, 1 - p, is rounding, which AdamW with a
+        # small eps makes whole steps of. One process differs by 1e-5 so between implementations.
+        "grpo-split": settings(
+            "grpo", rollout={"prompts_per_step": 3}, optim={"eps": 1e-6}, parallel=SPLIT
         ),
         # Groups without a right sibling have no teacher: one rank may have less to do.
         "sibling": settings("sibling", rollout={"prompts_per_step": 2}),
@@ -93,15 +124,20 @@ def newest(run_dir: Path) -> Path:
 
 def assert_close(a: Path, b: Path, tolerance: float) -> None:
     """Tensors of two checkpoints, each relative to its norm."""
-    for file in ("model.safetensors", "trainer/state.safetensors"):
-        ours, theirs = load_file(a / file), load_file(b / file)
+    for part, load in (("model.safetensors", load_file), ("trainer", load_state)):
+        ours, theirs = load(a / part), load(b / part)
         assert ours.keys() == theirs.keys()
         for name, want in theirs.items():
             assert ours[name].dtype == want.dtype
             if "exp_avg" in name or name == "torch_rng":
                 continue
             gap = (ours[name].double() - want.double()).norm() / want.double().norm()
-            assert gap <= tolerance, (file, name, gap)
+            assert gap <= tolerance, (part, name, gap)
+
+
+def load_state(folder: Path) -> dict[str, torch.Tensor]:
+    saved = SavedTensors(folder)
+    return {name: saved.whole(name) for name in saved}
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -144,8 +180,20 @@ def test_evaluations_and_completions_are_those_of_one_process(folder):
         assert files[0] == files[1] and files[0]
 
 
+def test_a_rank_has_its_part_of_a_sharded_head_and_all_of_a_gathered_one(folder):
+    for name in NAMES:
+        whole = json.loads((folder / f"{name}-1" / "memory-0.json").read_text())["head rows"]
+        for rank in range(2):
+            part = json.loads((folder / f"{name}-2" / f"memory-{rank}.json").read_text())
+            split = [-(-whole // 2), whole // 2][rank] if name.endswith("-split") else whole
+            assert part["head rows"] == split, (name, rank)
+        facts = json.loads((folder / f"{name}-2" / "run.json").read_text())["implementations"]
+        assert ("head sharded" in facts["weights"]) == name.endswith("-split")
+        assert (facts["loss_head"] == "sharded by vocabulary") == name.endswith("-split")
+
+
 def test_a_rank_holds_half_of_what_trains(folder):
-    for name in ("grpo", "critique-off", "untied"):
+    for name in ("grpo", "critique-off", "untied", "untied-split", "hybrid-split"):
         whole = json.loads((folder / f"{name}-1" / "memory-0.json").read_text())
         for rank in range(2):
             part = json.loads((folder / f"{name}-2" / f"memory-{rank}.json").read_text())
@@ -175,8 +223,9 @@ def test_resume_at_another_number_of_ranks(folder, name, ranks):
 def test_checkpoints_are_plain_hugging_face_folders(folder):
     for name in NAMES:
         one, two = newest(folder / f"{name}-1"), newest(folder / f"{name}-2")
-        files = [sorted(p.relative_to(c).as_posix() for p in c.rglob("*")) for c in (one, two)]
-        assert files[0] == files[1]
+        files = [{p.relative_to(c).as_posix() for p in c.rglob("*")} for c in (one, two)]
+        shards = {f"trainer/shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2)}
+        assert files[0] ^ files[1] == {"trainer/state.safetensors", *shards}
         model = AutoModelForCausalLM.from_pretrained(two)
         saved = load_file(two / "model.safetensors")
         assert all(torch.equal(model.state_dict()[key], saved[key]) for key in saved)
@@ -215,6 +264,10 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, told.stdout.split()))
 
 
+def weight_files(run_dir: Path) -> dict[str, str]:
+    return {n: sha for n, sha in final_state(run_dir).items() if n.endswith(".safetensors")}
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> list[int]:
     """The ranks' process ids once `step` updates are recorded."""
     deadline = time.monotonic() + 120
@@ -251,8 +304,7 @@ def test_a_rank_killed_three_times_ends_with_the_same_weights(tmp_path):
     finished(process)
     whole, killed = (tmp_path / name / "critique-seed0" for name in ("whole", "killed"))
     assert losses(killed) == losses(whole)
-    for file in ("model.safetensors", "trainer/state.safetensors"):
-        assert (newest(killed) / file).read_bytes() == (newest(whole) / file).read_bytes()
+    assert weight_files(killed) == weight_files(whole)
 
 
 @pytest.mark.slow

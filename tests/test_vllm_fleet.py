@@ -5,17 +5,13 @@ import time
 
 import pytest
 import torch
-from fake_vllm import PROMPTS, FakeVllm, open_tiny
-from tiny_models import build_tiny_llama
+from fake_vllm import FIXTURES, PROMPTS, open_tiny
 
 from fastsd.model import load_policy
 from fastsd.sections import ModelConfig
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny_llama(tmp_path_factory.mktemp("llama"))
+folder, _, serve = FIXTURES
 
 
 @pytest.fixture
@@ -25,19 +21,6 @@ def policy(folder):
     with torch.no_grad():
         policy.head_VD.mul_(10)
     return policy
-
-
-@pytest.fixture
-def serve(folder):
-    running = []
-
-    def start(**options):
-        running.append(FakeVllm(folder, **options))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
 
 
 def drawn(server):

@@ -1,6 +1,7 @@
 """Two ranks that draw from the same servers: the run of one process, and its end on all ranks."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny_llama
 from torchrun import finished, torchrun
 
+import fastsd.experiment
 from fastsd.checkpoint import checkpoints
+from fastsd.cli import dump_toml, load_config
 from fastsd.config import Config
+from fastsd.experiment import run_experiment
+from fastsd.interrupt import Interrupted
 from fastsd.recorder import Recorder
-from fastsd.run_folder import read_metrics
+from fastsd.run_folder import read_evaluations, read_metrics
 from fastsd.train import train
 
 WORKER = Path(__file__).parent / "vllm_ranks_worker.py"
@@ -31,7 +36,8 @@ def servers(tmp_path):
 
 def config_for(tmp_path, servers) -> Config:
     rows = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"question": f"What is {i} + 4?", "answer": f"{i}"}) for i in range(8)]
+    row = {"answer": "4", "solution": "Step 1: It is 4.\nAnswer: 4"}
+    lines = [json.dumps({"question": f"What is {i} + 4?", **row}) for i in range(8)]
     rows.write_text("\n".join(lines), encoding="utf-8")
     return Config(
         condition="grpo",
@@ -47,6 +53,7 @@ def config_for(tmp_path, servers) -> Config:
         loss={"entropy_weight": 0.1},
         optim={"steps": STEPS, "lr": 0.01},
         eval={"questions": 4, "samples": 2},
+        report={"questions": 2, "samples": 2, "rollouts": 0},
         checkpoint={"every": 0},
     )
 
@@ -97,3 +104,32 @@ def test_without_servers_all_ranks_end_and_the_run_is_saved(servers, tmp_path):
     assert [error["kind"] for error in errors] == ["RolloutUnavailable"] * 2
     assert [line["step"] for line in read_metrics(tmp_path / "two")] == [1]
     assert checkpoints(tmp_path / "two")[0][0] == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_before_its_localisation_goes_on_with_two_ranks(
+    servers, tmp_path, monkeypatch
+):
+    """The base is evaluated and not again, so that only the localisation needs the weights."""
+    run_dir = tmp_path / "run"
+    config = config_for(tmp_path, servers).model_copy(update={"run": str(run_dir)})
+    toml = tmp_path / "run.toml"
+    toml.write_text(dump_toml(config))
+
+    def stops(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(fastsd.experiment, "_measure", stops)
+    with pytest.raises(Interrupted):
+        run_experiment(load_config([str(toml)]))
+    assert not (run_dir / "localisation.json").exists()
+    [(step, base)] = read_evaluations(run_dir)
+    for server in servers:
+        server.restart()
+        server.requests.clear()
+    command = ["-m", "--", "fastsd.train", str(toml), "--resume", "auto"]
+    output = finished(torchrun(*command), timeout_s=300)
+    assert "reference" in json.loads((run_dir / "localisation.json").read_text())
+    assert read_evaluations(run_dir) == [(step, base)]
+    assert json.loads(output.splitlines()[-1])["run"] == str(run_dir)
+    assert handed_over(servers[0])[:1] == ["0"], "by one rank, before the localisation"

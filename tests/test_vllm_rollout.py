@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from fake_vllm import LETTERS, PROMPTS, FakeVllm, open_tiny
+from fake_vllm import FIXTURES, LETTERS, PROMPTS, open_tiny
 from safetensors.torch import load_file
-from tiny_models import build_tiny_llama
 
-import fastsd.loss
+import fastsd.sharded_head
 from fastsd.config import Config
 from fastsd.model import load_policy
 from fastsd.recorder import Recorder
@@ -25,28 +24,7 @@ from fastsd.vllm_rollout import open_sampler
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 from fastsd_kernels import fused_linear_statistics
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def policy(folder):
-    return load_policy(ModelConfig(name=str(folder)), "cpu", torch.float32)
-
-
-@pytest.fixture
-def serve(folder):
-    running = []
-
-    def start(**options):
-        running.append(FakeVllm(options.pop("folder", folder), **options))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
+folder, policy, serve = FIXTURES
 
 
 def own_logprobs(policy, renderer, rollout, temperature):
@@ -241,7 +219,7 @@ def test_a_run_serves_each_updates_weights_and_goes_on_after_its_server_died(
     assert (tmp_path / "run" / "checkpoint-2" / "MANIFEST.json").exists()
     other = serve()
     resumed = run_config(folder, other, tmp_path, resume="auto")
-    free = {"concurrency": 1, "timeout_s": 60.0, "server_tokens": 500}
+    free = {"concurrency": 1, "timeout_s": 60.0, "server_tokens": 500, "sync": "files"}
     rollout = resumed.rollout.model_copy(update=free)
     train(resumed.model_copy(update={"rollout": rollout}), tmp_path / "run", Recorder("run"))
     metrics = read_metrics(tmp_path / "run")
@@ -267,14 +245,14 @@ def test_stale_responses_are_weighed_by_what_they_were_sampled_with(
             logprobs["token_logprobs"] = [v + shift for v in logprobs["token_logprobs"]]
         return reply
 
-    seen, head = [], fastsd.loss.fused_linear_loss
+    seen, head = [], fastsd.sharded_head.fused_linear_loss
 
     def spy(*args, **options):
         out = head(*args, **options)
         seen.append((options["old_logprob_T"].cpu(), out.student_logprob_T.detach().cpu()))
         return out
 
-    monkeypatch.setattr(fastsd.loss, "fused_linear_loss", spy)
+    monkeypatch.setattr(fastsd.sharded_head, "fused_linear_loss", spy)
     server.change = change
     config = run_config(folder, server, tmp_path)
     rollout = config.rollout.model_copy(update={"max_staleness": 1})

@@ -1,48 +1,28 @@
 """Servers that fail, hang, or answer nonsense, and servers of other models."""
 
+import contextlib
 import math
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
-from fake_vllm import PROMPTS, FakeVllm, open_tiny
-from tiny_models import build_tiny_llama, build_tiny_qwen3
+from fake_vllm import FIXTURES, PROMPTS, open_tiny
+from tiny_models import build_tiny, build_tiny_qwen3, load_tiny
 
 import fastsd.vllm_rollout
 import fastsd.vllm_server
 from fastsd.interrupt import Interrupted, SignalGate
-from fastsd.model import load_policy
 from fastsd.render import PromptRenderer
-from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
+from fastsd.sections import PromptConfig, RolloutConfig
 from fastsd.vllm_rollout import VllmSampler
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def policy(folder):
-    return load_policy(ModelConfig(name=str(folder)), "cpu", torch.float32)
-
-
-@pytest.fixture
-def serve(folder):
-    running = []
-
-    def start(**options):
-        running.append(FakeVllm(options.pop("folder", folder), **options))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.close()
+folder, policy, serve = FIXTURES
 
 
 def dies_in_the_middle(path, body):
@@ -184,6 +164,76 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(
     assert error.value.exit_code == 2
 
 
+def listening(answer: Callable[[socket.socket], None]) -> socket.socket:
+    """A port where every connection is answered in that way."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run():
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    answer(connection)
+
+    threading.Thread(target=run, daemon=True).start()
+    return listener
+
+
+NO_HTTP = {
+    "another protocol": lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "closes at once": lambda connection: None,
+    "TLS": lambda connection: connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46"),
+    "never answers": lambda connection: time.sleep(5),
+}
+
+
+@pytest.mark.parametrize("what", NO_HTTP)
+def test_a_port_of_something_else(policy, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(fastsd.vllm_server, "SHORT_S", 1.0)
+    with listening(NO_HTTP[what]) as other:
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        found = "gave no whole reply" if what == "never answers" else "(Read|RemoteProtocol)Error"
+        message = f"rollout.servers: not all .* as vLLM does: {url}/v1/models:? .*{found}.*Start"
+        start = time.monotonic()
+        with pytest.raises(RolloutUnavailable, match=message):
+            open_urls(policy, tmp_path, [url])
+        assert time.monotonic() - start < 10
+
+
+def test_https_at_a_server_without_it(policy, serve, tmp_path):
+    url = serve().url.replace("http:", "https:")
+    with pytest.raises(RolloutUnavailable, match=f"as vLLM does: {url}/v1/models: .*SSL"):
+        open_urls(policy, tmp_path, [url])
+
+
+@pytest.mark.parametrize("other", ["{url}", "{url}/v1/", "http://localhost:{port}"])
+def test_the_same_server_twice(policy, serve, tmp_path, other):
+    server = serve()
+    second = other.format(url=server.url, port=server.server.server_port)
+    with pytest.raises(RolloutError, match="rollout.servers: http.* name each server once"):
+        open_urls(policy, tmp_path, [server.url, second])
+
+
+def test_servers_of_other_models_with_our_tokenizer(serve, tmp_path):
+    """Another vocabulary cannot take the weights; another rotation takes them, and says others."""
+    ours = load_tiny(build_tiny("llama", tmp_path / "ours"), torch.float32)
+    larger = serve(folder=build_tiny("llama", tmp_path / "larger", vocab_size=320))
+    message = f"{larger.url} cannot load .*: serve the model of model.name, .*size mismatch"
+    with pytest.raises(RolloutError, match=message):
+        open_tiny(ours, tmp_path, [larger]).update_weights(0)
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    turned = serve(folder=build_tiny("llama", tmp_path / "turned", rope_parameters=rope))
+    message = rf"{turned.url}: after .* differ from this run's model by \d.*: serve the model of"
+    with pytest.raises(RolloutError, match=message):
+        open_tiny(ours, tmp_path, [turned]).update_weights(0)
+
+
+def open_urls(policy, place, urls) -> VllmSampler:
+    renderer = PromptRenderer(policy.tokenizer, PromptConfig(max_prompt_tokens=256))
+    config = RolloutConfig(engine="vllm", servers=urls, max_new_tokens=12)
+    return VllmSampler(policy, renderer, config, place)
+
+
 def test_opening_finds_wrong_settings_and_servers(policy, serve, tmp_path):
     with pytest.raises(RolloutError, match="start it with --max-model-len 268"):
         open_tiny(policy, tmp_path, [serve(max_model_len=200)])
@@ -194,19 +244,8 @@ def test_opening_finds_wrong_settings_and_servers(policy, serve, tmp_path):
     gone.close()
     with pytest.raises(RolloutUnavailable, match="ConnectError.*Start them"):
         open_tiny(policy, tmp_path, [serve(), gone])
-    with socket.create_server(("127.0.0.1", 0)) as other:
-
-        def greet():
-            connection, _ = other.accept()
-            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-            connection.close()
-
-        threading.Thread(target=greet, daemon=True).start()
-        vllm = RolloutConfig(engine="vllm", servers=[f"http://127.0.0.1:{other.getsockname()[1]}"])
-        with pytest.raises(RolloutUnavailable, match="/v1/models: .*Error"):
-            VllmSampler(policy, PromptRenderer(policy.tokenizer, PromptConfig()), vllm, tmp_path)
     for url in ("localhost:8000", "ftp://x", "http://"):
-        with pytest.raises(RolloutError, match="rollout.servers"):
-            VllmSampler(policy, None, RolloutConfig(engine="vllm", servers=[url]), tmp_path)
+        with pytest.raises(RolloutError, match="rollout.servers: found .*, must be http://HOST:P"):
+            open_urls(policy, tmp_path, [url])
     with pytest.raises(RolloutError, match="rollout.servers: empty"):
         open_tiny(policy, tmp_path, [])

@@ -1,12 +1,15 @@
-"""Ranks: what fails on one is raised on all, and one that does not answer ends the others' wait."""
+"""Ranks: what fails on one is raised on all, one that does not answer ends the others' wait, and
+they speak with one voice."""
 
 import json
+import runpy
 import signal
 from pathlib import Path
 
 import pytest
 from torchrun import finished, torchrun
 
+from fastsd.cli import load_config, run_main
 from fastsd.interrupt import Interrupted, SignalGate
 from fastsd.types import FastsdError
 from fastsd.world import ALONE, World, guarded, open_world
@@ -98,3 +101,50 @@ def test_a_rank_that_is_ending_takes_no_second_signal():
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_program_of_one_process_is_refused_under_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    called = []
+    assert run_main(lambda: called.append(1)) == 2
+    assert "started this program 2 times" in capsys.readouterr().err and not called
+    assert run_main(lambda: called.append(1), many=True) == 0 and called == [1]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_main(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("evaluate", ["chain_sum", "--eval.questions", "1"]),
+        ("data", ["filter", "--out", "kept.jsonl"]),
+        ("advantage", ["chain_sum", "rows.jsonl"]),
+        ("report", ["a-run"]),
+        ("plan", ["--hardware", "8xH100"]),
+        ("doctor", []),
+    ],
+)
+def test_every_such_program_says_to_start_it_without_torchrun(
+    module, words, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", [module, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"fastsd.{module}", run_name="__main__")
+    assert ended.value.code == 2
+    assert "with python instead of torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_machines_other_ranks_waits_for_its_first(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("fastsd.world.time.sleep", waited.append)
+    before = signal.getsignal(signal.SIGTERM)
+    for rank, count in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run_main(lambda: load_config(["no.toml"]) and None, many=True) == 2
+        assert len(waited) == count and "no.toml" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -32,6 +32,20 @@ wrong number, or does not follow. Another method than the reference's, an unusua
 clumsy phrase is not an error. Check your judgement against the right answer or the reference \
 solution where one is given, but keep to the attempt's own method."""
 
+_UP_TO_AN_ERROR = f"""\
+{_MATERIAL}
+
+Then write one of these:
+
+A. Every step is right and the attempt is complete: reproduce it exactly.
+B. The answer is right, but a step that the argument needs is missing: reproduce the attempt \
+exactly and insert the missing step where it belongs.
+C. The attempt ran out of room before its end and is right so far: write its steps, leaving out \
+only what repeats itself, and finish the solution briefly."""
+
+_TO_REPRODUCE = """\
+To reproduce means letter for letter: the same words, numbers, formulas and line breaks."""
+
 _ENDING = """\
 Keep the form in which the attempt marks its steps (tags, "Step 1:", "1." or paragraphs). End \
 with the final answer in the attempt's own form; if it has none, write it as <answer> \
@@ -42,21 +56,12 @@ _VERBATIM = f"""\
 You are a faithful scribe. You write out a solver's attempt again, so that it becomes a complete \
 and right solution while staying the solver's own text as far as that is right.
 
-{_MATERIAL}
-
-Then write one of these:
-
-A. Every step is right and the attempt is complete: reproduce it exactly.
-B. The answer is right, but a step that the argument needs is missing: reproduce the attempt \
-exactly and insert the missing step where it belongs.
-C. The attempt ran out of room before its end and is right so far: write its steps, leaving out \
-only what repeats itself, and finish the solution briefly.
+{_UP_TO_AN_ERROR}
 D. A step is wrong: reproduce all steps before the earliest wrong one exactly. In its place, \
 under its number, write the right step. Carry on from there to the final answer in the attempt's \
 manner. Never quote the wrong step and do not mention that there was one.
 
-To reproduce means letter for letter: the same words, numbers, formulas and line breaks. Do not \
-polish, shorten, rephrase, merge, split or renumber what is right.
+{_TO_REPRODUCE} Do not polish, shorten, rephrase, merge, split or renumber what is right.
 
 {_ENDING}"""
 
@@ -64,20 +69,12 @@ _FULL = f"""\
 You annotate a solver's attempt: you write it out up to its first error, error included, and \
 then put it right.
 
-{_MATERIAL}
-
-Then write one of these:
-
-A. Every step is right and the attempt is complete: reproduce it exactly.
-B. The answer is right, but a step that the argument needs is missing: reproduce the attempt \
-exactly and insert the missing step where it belongs.
-C. The attempt ran out of room before its end and is right so far: write its steps, leaving out \
-only what repeats itself, and finish the solution briefly.
+{_UP_TO_AN_ERROR}
 D. A step is wrong: reproduce all steps up to the earliest wrong one exactly, the wrong one too. \
 Follow it with a new step that says what is wrong in it and states it right. Carry on from the \
 corrected step to the final answer in the attempt's manner.
 
-To reproduce means letter for letter: the same words, numbers, formulas and line breaks.
+{_TO_REPRODUCE}
 
 {_ENDING}"""
 
@@ -96,8 +93,6 @@ End with the final answer as <answer> \\boxed{{...}} </answer>."""
 INSTRUCTIONS = {"verbatim": _VERBATIM, "full": _FULL, "none": _NONE}
 _RAN_OUT = "The attempt ran out of room: it stops before its end."
 _THINK = re.compile("<(/?)think(?:ing)?>", re.IGNORECASE)
-
-
 # What begins the lines around the material in a request.
 MARK = re.compile(r"\[[0-9a-f]{12} (?:begin|end) ")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.critics.text import Reply, judged
-from fastsd.data import DataError, read_rows
+from fastsd.data_files import DataError, read_rows
 from fastsd.sections import CriticConfig
 from fastsd.types import Critique, Rollout
 from fastsd.verify import Reward

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from critics.fault_server import FAULTS, MODEL, FaultServer
+from critics.server_critics import ask, writer
 from runs import losses
 from tiny_models import build_tiny_llama
 
@@ -28,21 +29,6 @@ from fastsd.types import Prompt, Rollout
 
 KEY = "sk-planted-51ab"
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def no_key_and_short_pauses(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("fastsd.critics.server._FIRST_PAUSE_S", 0.02)
-
-
-def writer(url, **settings) -> ServerWriter:
-    config = {"kind": "server", "url": url, "model": MODEL, "timeout_s": 10.0, **settings}
-    return ServerWriter(CriticConfig(**config))
-
-
-def ask(texts) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": text}] for text in texts]
 
 
 # -- three in a row -------------------------------------------------------------------------------
@@ -213,6 +199,7 @@ def test_a_run_survives_the_death_of_its_critic(settings, tmp_path):
         ended = run_command(command(settings, run, server))
         seconds = time.monotonic() - server.died
         assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    print(f"{seconds:.1f} s from the critic's death to the end of the process")
     assert ended.returncode == 3, ended.stderr
     assert (run / "report.html").exists(), "a run that ends early has its page too"
     assert server.died and seconds < 10

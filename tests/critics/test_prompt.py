@@ -56,6 +56,8 @@ def test_the_three_regimes_differ_and_only_verbatim_forbids_the_wrong_step():
     assert "Never quote the wrong step" in INSTRUCTIONS["verbatim"]
     assert "the wrong one too" in INSTRUCTIONS["full"]
     assert "without quoting" in INSTRUCTIONS["none"]
+    for name, text in INSTRUCTIONS.items():
+        assert ("To reproduce means letter for letter" in text) == (name != "none")
     for text in INSTRUCTIONS.values():
         assert "own words" not in text and "{" not in text.replace("\\boxed{...}", "")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastsd.critics.replay import ReplayCritic, read_critiques
-from fastsd.data import DataError
+from fastsd.data_files import DataError
 from fastsd.run_folder import CompletionRow, write_completions
 from fastsd.sections import CriticConfig
 from fastsd.types import Prompt, Rollout

@@ -7,7 +7,6 @@ import email.utils
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import tracemalloc
@@ -15,41 +14,12 @@ from collections import Counter
 
 import pytest
 from critics.fault_server import FAULTS, MODEL, RETRY_AFTER_S, WRONG_STEPS, FaultServer, completion
+from critics.server_critics import ask, first, named, writer
 
 from fastsd.critics.endpoint import _retry_after
-from fastsd.critics.server import ServerWriter, _pause
+from fastsd.critics.server import _pause
 from fastsd.critics.text import Reply, WriterUnavailable
 from fastsd.interrupt import Interrupted, SignalGate
-from fastsd.sections import CriticConfig
-from fastsd.types import FastsdError
-
-KEY = "sk-planted-8c1f"
-FAILURES = {"timeout", "rate_limited", "server_error", "client_error", "connection", "bad_reply"}
-
-
-@pytest.fixture(autouse=True)
-def no_key_and_short_pauses(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("fastsd.critics.server._FIRST_PAUSE_S", 0.02)
-
-
-def writer(server, **settings) -> ServerWriter:
-    defaults = {"kind": "server", "url": server.url, "model": MODEL, "timeout_s": 10.0}
-    return ServerWriter(CriticConfig(**{**defaults, "max_tokens": 100, **settings}))
-
-
-def ask(texts) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": text}] for text in texts]
-
-
-def named(fault: str):
-    """A fault server's plan: the questions that begin with the fault's name meet it, always."""
-    return lambda text, attempt: fault if text.startswith(fault) else None
-
-
-def first(fault: str, count: int):
-    return lambda text, attempt: fault if attempt < count else None
-
 
 # -- twelve classes of faults ---------------------------------------------------------------------
 
@@ -62,7 +32,9 @@ def test_no_fault_becomes_feedback(fault, count, caplog):
     texts = [f"{fault} {i}" if i % 2 else f"good {i}" for i in range(2 * count)]
     timeout_s = 0.6 if FAULTS[fault] == "timeout" else 10.0
     with FaultServer(named(fault)) as server:
-        replies = writer(server, timeout_s=timeout_s, retries=0, concurrency=1).write(ask(texts))
+        replies = writer(server.url, timeout_s=timeout_s, retries=0, concurrency=1).write(
+            ask(texts)
+        )
     assert replies[::2] == [Reply(f"reply to {text}") for text in texts[::2]]
     sent = {"empty": "", "wrong_steps": WRONG_STEPS}
     expected = Reply(sent.get(fault), failure=FAULTS[fault])
@@ -79,7 +51,7 @@ IN_TRANSIT = ["5xx", "429", "timeout", "reset", "half_body", "drip"]
 def test_a_transient_fault_is_overcome(fault):
     timeout_s = 0.6 if FAULTS[fault] == "timeout" else 10.0
     with FaultServer(first(fault, 1)) as server:
-        replies = writer(server, timeout_s=timeout_s, retries=1).write(ask("ab"))
+        replies = writer(server.url, timeout_s=timeout_s, retries=1).write(ask("ab"))
         assert replies == [Reply("reply to a"), Reply("reply to b")]
         assert server.asked == {"a": 2, "b": 2}
 
@@ -87,7 +59,7 @@ def test_a_transient_fault_is_overcome(fault):
 @pytest.mark.parametrize("fault", [*(f for f in FAULTS if f not in IN_TRANSIT), "400", "gzip"])
 def test_a_reply_that_would_come_again_is_not_asked_for_again(fault):
     with FaultServer(first(fault, 9)) as server:
-        [reply] = writer(server, retries=2).write(ask("a"))
+        [reply] = writer(server.url, retries=2).write(ask("a"))
         assert server.asked == {"a": 1}
     assert reply.failure == {"400": "client_error", "gzip": "bad_reply"}.get(
         fault, FAULTS.get(fault)
@@ -96,7 +68,7 @@ def test_a_reply_that_would_come_again_is_not_asked_for_again(fault):
 
 def test_attempts_end(caplog):
     with FaultServer(first("5xx", 9)) as server:
-        [reply] = writer(server, retries=2).write(ask("a"))
+        [reply] = writer(server.url, retries=2).write(ask("a"))
         assert server.asked == {"a": 3}
     assert reply == Reply(None, failure="server_error")
     assert "503 overloaded" in caplog.text
@@ -105,7 +77,7 @@ def test_attempts_end(caplog):
 @pytest.mark.parametrize("fault", ["10_mb", "10_mb_error", "gzip"])
 def test_a_huge_body_stays_out_of_memory(fault):
     with FaultServer(named(fault)) as server:
-        one = writer(server, retries=0, concurrency=2)
+        one = writer(server.url, retries=0, concurrency=2)
         one.write(ask("ab"))  # whatever is imported or built once
         tracemalloc.start()
         try:
@@ -137,7 +109,7 @@ NOT_REPLIES = {
 @pytest.mark.parametrize("name", NOT_REPLIES)
 def test_other_shapes_are_bad_replies(name):
     with FaultServer(answer=lambda text: NOT_REPLIES[name]) as server:
-        assert writer(server).write(ask("a")) == [Reply(None, failure="bad_reply")]
+        assert writer(server.url).write(ask("a")) == [Reply(None, failure="bad_reply")]
 
 
 def test_replies_that_say_little():
@@ -145,7 +117,7 @@ def test_replies_that_say_little():
     bodies = {"null": completion(None, "length"), "cut": completion("x", "length")}
     bodies["odd"] = completion("\x00<|im_end|>\u202e😀", None)
     with FaultServer(answer=bodies.__getitem__) as server:
-        assert writer(server).write(ask(["null", "cut", "odd"])) == [
+        assert writer(server.url).write(ask(["null", "cut", "odd"])) == [
             Reply("", truncated=True),
             Reply("x", truncated=True),
             Reply("\x00<|im_end|>\u202e😀"),
@@ -157,9 +129,9 @@ def test_replies_that_say_little():
 
 def test_what_is_sent():
     with FaultServer() as server:
-        writer(server, max_tokens=77).write(ask("a"))
+        writer(server.url, max_tokens=77).write(ask("a"))
         kwargs = {"enable_thinking": True}
-        writer(server, template_kwargs=kwargs).write(ask("b"))
+        writer(server.url, template_kwargs=kwargs).write(ask("b"))
         plain, thinking = server.requests
     assert plain == {
         "model": MODEL,
@@ -172,18 +144,18 @@ def test_what_is_sent():
 
 def test_what_decides_the_text_is_the_identity():
     with FaultServer() as server, FaultServer() as other:
-        one = writer(server, timeout_s=1, retries=9, concurrency=3, api_key_env="X")
-        assert one.identity == writer(other).identity
+        one = writer(server.url, timeout_s=1, retries=9, concurrency=3, api_key_env="X")
+        assert one.identity == writer(other.url).identity
         json.dumps(one.identity)
         for change in ({"model": "b"}, {"max_tokens": 5}, {"template_kwargs": {"a": 1}}):
-            assert writer(server, **change).identity != one.identity
+            assert writer(server.url, **change).identity != one.identity
         assert MODEL in one.name and server.url in one.name
     assert one.write([]) == []
 
 
 def test_no_more_at_once_than_allowed():
     with FaultServer(delay_s=0.1) as server:
-        replies = writer(server, concurrency=4).write(ask(map(str, range(20))))
+        replies = writer(server.url, concurrency=4).write(ask(map(str, range(20))))
         assert server.most_at_once == 4
     assert [reply.text for reply in replies] == [f"reply to {i}" for i in range(20)]
 
@@ -195,7 +167,7 @@ def test_what_is_not_there_within_the_budget_is_over_budget(caplog):
     with FaultServer(named("timeout")) as server:
         start = time.monotonic()
         texts = ["a", "timeout", "b", "c"]
-        replies = writer(server, concurrency=1, budget_s=1.0).write(ask(texts))
+        replies = writer(server.url, concurrency=1, budget_s=1.0).write(ask(texts))
         assert time.monotonic() - start < 4
     late = Reply(None, failure="over_budget")
     assert replies == [Reply("reply to a"), late, late, late]
@@ -205,13 +177,13 @@ def test_what_is_not_there_within_the_budget_is_over_budget(caplog):
 def test_a_batch_wholly_over_budget_is_a_dead_critic():
     with FaultServer(delay_s=5) as server:
         with pytest.raises(WriterUnavailable, match="critic.budget_s = 0.5") as stop:
-            writer(server, budget_s=0.5).write(ask("ab"))
+            writer(server.url, budget_s=0.5).write(ask("ab"))
     assert stop.value.partial == {}
 
 
 def test_retry_after_is_waited_for():
     with FaultServer(first("429", 1)) as server:
-        assert writer(server).write(ask("a")) == [Reply("reply to a")]
+        assert writer(server.url).write(ask("a")) == [Reply("reply to a")]
         early, late = server.times["a"]
     assert late - early >= RETRY_AFTER_S
 
@@ -219,7 +191,7 @@ def test_retry_after_is_waited_for():
 def test_a_wait_beyond_the_budget_is_not_begun():
     with FaultServer(first("429_for_an_hour", 1)) as server:
         start = time.monotonic()
-        replies = writer(server).write(ask("a"))
+        replies = writer(server.url).write(ask("a"))
         assert time.monotonic() - start < 5
         assert server.asked == {"a": 1}
     assert replies == [Reply(None, failure="rate_limited")]
@@ -247,7 +219,7 @@ def test_a_signal_is_not_kept_waiting():
         timer.start()
         start = time.monotonic()
         with pytest.raises(Interrupted):
-            writer(server).write(ask(["timeout"]))
+            writer(server.url).write(ask(["timeout"]))
         assert time.monotonic() - start < 3
         timer.join()
 
@@ -256,101 +228,6 @@ def test_it_works_beside_a_running_loop():
     with FaultServer() as server:
 
         async def in_a_notebook():
-            return writer(server).write(ask("a"))
+            return writer(server.url).write(ask("a"))
 
         assert asyncio.run(in_a_notebook()) == [Reply("reply to a")]
-
-
-# -- keys, proxies, configuration -----------------------------------------------------------------
-
-
-def test_the_key_is_sent_and_never_shown(monkeypatch, caplog, capsys):
-    monkeypatch.setenv("MY_KEY", KEY + "\n")  # as `export MY_KEY="$(cat file)\n"` leaves it
-    with FaultServer(named("401")) as server:
-        one = writer(server, api_key_env="MY_KEY")
-        assert one.write(ask("a")) == [Reply("reply to a")]
-        assert server.headers[0]["authorization"] == f"Bearer {KEY}"
-        caplog.set_level("DEBUG")
-        with pytest.raises(WriterUnavailable, match="MY_KEY") as stop:  # the server repeats it
-            one.write(ask(["401"]))
-    output = "".join(capsys.readouterr())
-    shown = f"{stop.value} {one!r} {vars(one)} {one.endpoint!r} {one.identity} {one.name}"
-    assert "Bad key Bearer ***" in str(stop.value) and "\x1b" not in str(stop.value)
-    assert KEY not in shown + caplog.text + output
-
-
-def test_keys_and_urls_that_cannot_be_used(monkeypatch):
-    with FaultServer() as server:
-        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-Evil: 1")
-        with pytest.raises(FastsdError, match="OPENAI_API_KEY") as error:
-            writer(server)
-        assert KEY not in str(error.value)
-        monkeypatch.setenv("OPENAI_API_KEY", "")
-        for url in ("ftp://a/v1", "http://", "127.0.0.1:8000", "http://a b/", "http://a:99999/v1"):
-            with pytest.raises(FastsdError, match="critic.url"):
-                writer(server, url=url)
-        with pytest.raises(FastsdError, match="critic.api_key_env") as error:
-            writer(server, url=f"http://me:{KEY}@127.0.0.1/v1")
-        assert KEY not in str(error.value)
-
-
-def test_a_proxy_is_not_used_for_this_machine(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with FaultServer() as server:
-        assert writer(server).write(ask("a")) == [Reply("reply to a")]
-        by_name = server.url.replace("127.0.0.1", "localhost")
-        assert writer(server, url=by_name).write(ask("a")) == [Reply("reply to a")]
-
-
-def test_without_the_openai_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with FaultServer() as server, pytest.raises(FastsdError) as error:
-        writer(server)
-    assert "pip install 'fastsd[critic]'" in str(error.value)
-
-
-# -- the check before a run -----------------------------------------------------------------------
-
-
-def test_a_critic_that_is_there_passes_the_check():
-    for models in ((MODEL, "other"), (), 404, 405):
-        with FaultServer(models=models) as server:
-            writer(server).check()
-            assert server.asked.total() == (1 if models in (404, 405) else 0)
-
-
-def test_the_check_names_what_is_served():
-    with FaultServer(models=("a", "b\x1b[2J")) as server:
-        with pytest.raises(FastsdError, match="critic.model = 'critic'.*serves 'a', 'b") as error:
-            writer(server).check()
-    assert error.value.exit_code == 2 and "\x1b" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("models", "fault", "words"),
-    [
-        (401, None, "OPENAI_API_KEY"),
-        (500, None, "server_error: 500 no list"),
-        (404, "404", "usually ends in /v1"),
-        (404, "5xx", "503 overloaded"),
-        (307, None, "critic.url"),
-        (200, None, "bad_reply: it is no list of models.*critic.url"),
-    ],
-)
-def test_the_check_stops_a_run_that_could_not_go_on(models, fault, words):
-    with FaultServer(lambda text, attempt: fault, models=models) as server:
-        with pytest.raises(WriterUnavailable, match=words) as error:
-            writer(server, retries=1).check()
-    assert error.value.exit_code == 3 and "--resume auto" in str(error.value)
-
-
-def test_the_check_of_a_server_that_is_not_there():
-    with FaultServer() as server:
-        pass
-    start = time.monotonic()
-    with pytest.raises(WriterUnavailable, match="connection"):
-        writer(server).check()
-    assert time.monotonic() - start < 10

@@ -1,8 +1,10 @@
 """One real vLLM server on loopback for the tests here, on SmolLM2-135M. `make test-vllm` runs them;
-it has built the environment that $FASTSD_VLLM names (.venv-vllm)."""
+it has built the environment that $FASTSD_VLLM names (.venv-vllm). The server takes weights from a
+folder, and by weight transfer over gloo (`gloo_engine`)."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -54,17 +56,25 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model, tmp_path_factory) -> Iterator[str]:
-    """Its base URL, with the published weights at first. Ended with all its processes."""
+def programs() -> Path:
+    """Where vLLM's environment has its python and vllm."""
     environment = Path(os.environ.get("FASTSD_VLLM", REPOSITORY / ".venv-vllm")).resolve()
-    program = environment / "bin" / "vllm"
-    if not program.exists():
-        pytest.fail(f"{program} is not there: run `make test-vllm`, which builds it")
+    folder = environment / "bin"
+    if not (folder / "vllm").exists():
+        pytest.fail(f"{folder / 'vllm'} is not there: run `make test-vllm`, which builds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model, programs, tmp_path_factory) -> Iterator[str]:
+    """Its base URL, with the published weights at first. Ended with all its processes."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     place = tmp_path_factory.mktemp("vllm")
     command = [
-        *("nice", "-n", "10", str(program), "serve", str(model), "--served-model-name", NAME),
+        *("nice", "-n", "10", str(programs / "vllm"), "serve", str(model)),
+        *("--served-model-name", NAME, "--worker-extension-cls", "gloo_engine.Extension"),
+        *("--weight-transfer-config", json.dumps({"backend": "gloo"})),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--enforce-eager"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--logprobs-mode", "processed_logprobs"),
         # On a CPU vLLM 0.32 dies where a prompt with a seed of its own is prefilled in parts.
@@ -72,6 +82,7 @@ def server(model, tmp_path_factory) -> Iterator[str]:
     ]
     # vLLM uses every core whatever the tests' own limit is.
     settings = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | SETTINGS
+    settings["PYTHONPATH"] = str(Path(__file__).parent)
     start = time.monotonic()
     with (place / "log").open("w") as log:
         process = subprocess.Popen(

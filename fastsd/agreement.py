@@ -1,0 +1,196 @@
+"""What all ranks must start with: the same settings, code, weights and questions.
+
+Nodes are machines of their own. A flag that one was not given, an older checkout, another model
+under the same path: none of them need fail, for gradients of different models add up as well. So
+each rank describes what it has, large things by a digest, and a difference is an error on all of
+them before the first update, which names what, the rank, its machine and both values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsd.types import FastsdError
+from fastsd.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastsd.config import Config
+    from fastsd.session import Session
+
+QUESTIONS_COMPARED = 64
+# Network file systems may show a new file late.
+SEEN_WITHIN_S = 30.0
+_SOURCES = (".py", ".toml", ".j2", ".jinja")
+_ABSENT = "not set"
+
+
+def refuse_other_start(world: World, config: Config) -> None:
+    """Raises FastsdError on every rank where one has other settings or another installation.
+    Collective."""
+
+    def describe() -> dict[str, Any]:
+        return _installation() | dict(_flat(config.model_dump(mode="json")))
+
+    refuse_differences(world, describe)
+
+
+def refuse_other_inputs(session: Session) -> None:
+    """Raises FastsdError on every rank where one has loaded another model or other questions, or
+    computes in another type. Collective; before the weights are spread."""
+    refuse_differences(session.world, lambda: _inputs(session))
+
+
+def refuse_own_folders(world: World, run_dir: Path) -> None:
+    """Makes the run folder. Raises FastsdError on every rank where one has another folder under
+    that name, for each writes its part of a checkpoint there. Collective."""
+    if world.size == 1:
+        return
+
+    def mark() -> Path:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        mark = run_dir / f".shared-{uuid.uuid4().hex}"
+        mark.touch()
+        return mark
+
+    marked = world.lead(mark)
+    try:
+        world.together(lambda: _wait_for(marked))
+    finally:
+        if world.leads:
+            marked.unlink()
+
+
+def _wait_for(marked: Path) -> None:
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not marked.is_file():
+        if time.monotonic() > deadline:
+            raise FastsdError(
+                f"run = {str(marked.parent)!r} is not the same folder on {platform.node()} as on "
+                "rank 0's machine: put it on a file system that all machines share"
+            )
+        time.sleep(0.2)
+
+
+def refuse_differences(world: World, describe: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises FastsdError on every rank where `describe()`, which gives JSON values by name, gives
+    one something else than rank 0. One process is not asked. Collective."""
+    if world.size == 1:
+        return
+    described = world.together(lambda: (platform.node(), dict(describe())))
+    first_host, first = described[0]
+    for rank, (host, own) in enumerate(described):
+        differing = [n for n in first | own if first.get(n, _ABSENT) != own.get(n, _ABSENT)]
+        if not differing:
+            continue
+        name, *others = differing
+        more = f" (and {len(others)} more: {_short(', '.join(others))})" if others else ""
+        raise FastsdError(
+            f"the processes do not start alike: {name} is {_shown(own, name)} on rank {rank} "
+            f"({host}) and {_shown(first, name)} on rank 0 ({first_host}){more}; give every node "
+            "the same files, flags and installation"
+        )
+
+
+def _installation() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from fastsd import __version__
+
+    return {
+        "fastsd": __version__,
+        "fastsd's files": _code_digest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _code_digest() -> str:
+    """Of both packages' sources: a checkout changes without its version."""
+    import fastsd_kernels
+
+    roots = [Path(__file__).parent, Path(str(fastsd_kernels.__file__)).parent]
+    files = [(root.name, path.relative_to(root), path) for root in roots for path in _sources(root)]
+    return _digest(
+        part
+        for name, relative, path in sorted(files)
+        for part in (f"{name}/{relative.as_posix()}".encode(), path.read_bytes())
+    )
+
+
+def _sources(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.suffix in _SOURCES]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _inputs(session: Session) -> dict[str, Any]:
+    policy, config = session.policy, session.config
+    parameters = dict(policy.model.named_parameters())
+    tokenizer = policy.tokenizer
+    taken = session.train_data.take(0, QUESTIONS_COMPARED, config.seed)
+    held_out = session.eval_prompts(min(config.eval.questions, QUESTIONS_COMPARED))
+    asked = [[p.id, [*map(dict, p.messages)], p.answer, p.solution] for p in [*taken, *held_out]]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return {
+        "the kind of device": policy.device.type,
+        "the compute type (model.dtype)": str(policy.dtype).removeprefix("torch."),
+        "the number of parameters": sum(p.numel() for p in parameters.values()),
+        "the digest of the weights": _weights_digest(parameters),
+        "the digest of the tokenizer": _json_digest([vocabulary, tokenizer.chat_template]),
+        "the digest of the questions": _json_digest(asked),
+    }
+
+
+def _weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    return _digest(
+        f"{name} {tuple(p.shape)} {p.dtype} {_bit_sum(p)}".encode()
+        for name, p in sorted(parameters.items())
+    )
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    """The sum of its memory as 64-bit words: exact, so the same on every device and thread count,
+    and as fast as memory is."""
+    import torch
+
+    bytes_ = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if bytes_.storage_offset() % 8:  # a view of words must begin at one
+        bytes_ = bytes_.clone()
+    words = len(bytes_) // 8 * 8
+    rest = bytes_[words:].sum(dtype=torch.int64)
+    return int(bytes_[:words].view(torch.int64).sum() + rest)
+
+
+def _json_digest(value: Any) -> str:
+    return _digest([json.dumps(value).encode()])
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()[:12]
+
+
+def _shown(facts: Mapping[str, Any], name: str) -> str:
+    return _short(json.dumps(facts[name])) if name in facts else _ABSENT
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."
