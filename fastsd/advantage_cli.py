@@ -204,15 +204,15 @@ class CheckpointSubject:
 
 
 def _run(request: Request) -> None:
-    from fastsd import checkpoint
+    from fastsd import manifest
     from fastsd.localise import held_out_rollouts, localise, measure
     from fastsd.model import model_path
 
     start = time.perf_counter()
     config = request_config(request)
     folder = Path(model_path(config.model.name))
-    if (folder / checkpoint.MANIFEST).exists():
-        checkpoint.verify(folder)
+    if (folder / manifest.MANIFEST).exists():
+        manifest.verify(folder)
     subject = CheckpointSubject(config, request.contexts, request.out.parent)
     prompts = subject.eval_prompts(config.report.questions)
     subject.check(request.contexts, prompts)

@@ -11,13 +11,11 @@ save removes. A checkpoint is never overwritten, and older ones go only after th
     run/checkpoint-10/MANIFEST.json
 
 Only safetensors and JSON: a checkpoint with a pickle in it is neither written nor read.
-The manifest guards against faults, not against someone who can write into the run folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -33,19 +31,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastsd.manifest import MANIFEST, STATE, TRAINER, fault, sha256, sync, verify, write_manifest
 from fastsd.sharded_checkpoint import SavedTensors, write_tensors
 from fastsd.types import CheckpointError
 from fastsd.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "MANIFEST.json"
-TRAINER = "trainer"
-STATE = f"{TRAINER}/state.json"
-_FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".checkpoint-{step}.tmp"
-_PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
@@ -149,21 +143,7 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 def _manifests(run_dir: Path) -> dict[str, str]:
     """What tells the checkpoints of a run folder from others of the same names."""
     listed = {path.name: path / MANIFEST for _, path in checkpoints(run_dir)}
-    return {name: _sha256(file) for name, file in listed.items() if file.is_file()}
-
-
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest. Reads all of it once.
-
-    Raises CheckpointError naming the folder, the file and what is wrong with it.
-    """
-    path = Path(path)
-    try:
-        reason = _fault(path)
-    except OSError as error:
-        reason = f"cannot be read: {error}"
-    if reason:
-        raise CheckpointError(f"checkpoint {path} is not valid: {reason}")
+    return {name: sha256(file) for name, file in listed.items() if file.is_file()}
 
 
 @contextlib.contextmanager
@@ -196,34 +176,17 @@ def _begin(
 
 def _finish(place: Path, temporary: Path, step: int) -> None:
     with _explained(place):
-        _write_manifest(temporary, step)
+        write_manifest(temporary, step)
         if _make_room(place, temporary):
             os.rename(temporary, place)
-            _sync(place.parent)
-
-
-def _write_manifest(temporary: Path, step: int) -> None:
-    """Syncs everything, and lists it."""
-    files = _files(temporary)
-    for name in files:
-        if Path(name).suffix in _PICKLES:
-            raise CheckpointError(f"refusing to save {name}: a pickle may run code when it is read")
-    entries = []
-    for name, file in sorted(files.items()):
-        _sync(file)
-        entries.append({"name": name, "size": file.stat().st_size, "sha256": _sha256(file)})
-    manifest = {"format": _FORMAT, "step": step, "files": entries}
-    (temporary / MANIFEST).write_bytes(_canonical(manifest))
-    _sync(temporary / MANIFEST)
-    for folder, _, _ in os.walk(temporary):
-        _sync(Path(folder))
+            sync(place.parent)
 
 
 def _make_room(place: Path, temporary: Path) -> bool:
     """Whether `temporary` may take `place`. False: the same checkpoint is there already."""
     if not place.exists():
         return True
-    reason = _fault(place)
+    reason = fault(place)
     if reason is None:
         if _same_tensors(place / TRAINER, temporary / TRAINER):
             return False
@@ -262,48 +225,6 @@ def _rotate(place: Path, newest: int, keep: int) -> None:
         shutil.rmtree(condemned)
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    files = _files(path)
-    pickles = sorted(name for name in files if Path(name).suffix in _PICKLES)
-    if pickles:
-        return f"it contains {pickles[0]}, and pickles are never read; remove the file"
-    if MANIFEST not in files:
-        return f"{MANIFEST} is missing: the save was not finished"
-    raw = files[MANIFEST].read_bytes()
-    try:
-        manifest = json.loads(raw)
-        entries = {e["name"]: (e["size"], e["sha256"]) for e in manifest["files"]}
-        known = (manifest["format"], f"checkpoint-{manifest['step']}") == (_FORMAT, path.name)
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
-    if not known or raw != _canonical(manifest) or STATE not in entries:
-        return f"{MANIFEST} is damaged, or belongs to another step or version"
-    # The trainer's tensors are read from whatever files are there.
-    strange = sorted(n for n in files if n.startswith(f"{TRAINER}/") and n not in entries)
-    if strange:
-        return f"{strange[0]} is not in {MANIFEST}; remove the file"
-    for name, (size, sha256) in entries.items():
-        # Names are only looked up among the files that are there: never joined into a path.
-        if name not in files:
-            return f"{name} is missing"
-        found = files[name].stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-        if _sha256(files[name]) != sha256:
-            return f"{name} does not match its sha256"
-    return None
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Regular files below folder by relative name; links are not followed."""
-    return {
-        p.relative_to(folder).as_posix(): p
-        for p in folder.rglob("*")
-        if p.is_file() and not p.is_symlink()
-    }
-
-
 def _check_json(value: Any, where: str) -> None:
     """Refuse what JSON would not give back as it was."""
     if isinstance(value, Mapping):
@@ -320,21 +241,3 @@ def _check_json(value: Any, where: str) -> None:
         raise CheckpointError(
             f"{where} is a {type(value).__name__}, not JSON; tensors go into `tensors`"
         )
-
-
-def _canonical(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode("ascii")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

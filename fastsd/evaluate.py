@@ -208,7 +208,7 @@ def evaluate_checkpoint(config: Config) -> EvalResult:
     """`evaluate` on the held-out questions of `config`, with the model that it names."""
     import torch
 
-    from fastsd import checkpoint, hardware
+    from fastsd import hardware, manifest
     from fastsd.answers import extract_answer
     from fastsd.data import load_data
     from fastsd.model import load_policy, model_path
@@ -220,8 +220,8 @@ def evaluate_checkpoint(config: Config) -> EvalResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = Path(model_path(config.model.name))
-    if (folder / checkpoint.MANIFEST).exists():
-        checkpoint.verify(folder)
+    if (folder / manifest.MANIFEST).exists():
+        manifest.verify(folder)
     device = hardware.resolve_device(config.device)
     task = open_task(config)
     _, eval_prompts = load_data(config.data, task, config.seed)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the model and the data that were loaded, before anything is changed.
+"""Whether a checkpoint is of these settings, model and data, before anything is changed.
 
 The trainer's own tensors are those that train. With adapters or frozen parts a model of another
 vocabulary or depth may hold the very same ones, so a checkpoint lists every parameter's shape. Each
@@ -7,15 +7,45 @@ rank compares alone: the shapes of a sharded model are those of the whole.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastsd.config import Config
 from fastsd.types import CheckpointError, Prompt
 
 Shapes = Mapping[str, list[int]]
+# Settings that a resumed run may change: none moves a weight or says what the critic writes, but
+# for guard, which may have stopped the run.
+_FREE_ON_RESUME = (
+    *("run", "resume", "seeds", "threads", "checkpoint", "eval", "report", "log", "filter"),
+    *("guard", "critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
+    *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers", "parallel"),
+    *("rollout.concurrency", "rollout.server_tokens", "rollout.timeout_s", "rollout.sync"),
+)
+
+
+def binding_settings(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one that saved."""
+    settings = config.model_dump(mode="json")
+    for name in _FREE_ON_RESUME:
+        section, _, key = name.partition(".")
+        settings[section].pop(key) if key else settings.pop(section)
+    return settings
+
+
+def refuse_other_settings(path: Path, saved: Mapping[str, Any], config: Config) -> None:
+    """Raises CheckpointError naming the first section that differs. path: the checkpoint's."""
+    now = binding_settings(config)
+    for name in sorted(now.keys() | saved.keys()):
+        if now.get(name) != saved.get(name):
+            raise CheckpointError(
+                f"cannot resume {path}: [{name}] was {json.dumps(saved.get(name))} and is "
+                f"{json.dumps(now.get(name))}; use the saved settings or another run folder"
+            )
 
 
 def parameter_shapes(model: torch.nn.Module) -> dict[str, list[int]]:

@@ -65,7 +65,8 @@ def refuse_adapted_head(model) -> None:
     and the sampler multiply by the head's own weight, and would pass it over."""
     head = model.get_base_model().get_output_embeddings()
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and module.weight is head.weight:
+        # Experts, many matrices in one parameter, are wrapped without a weight of their own.
+        if hasattr(module, "lora_A") and getattr(module, "weight", None) is head.weight:
             module_name = name.rpartition(".")[2]
             raise ModelError(
                 f"model.lora.target_modules: {module_name!r} is the head, or tied to it, which "

@@ -8,11 +8,9 @@ an averaged teacher that is the whole state; all randomness is a function of (se
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +24,13 @@ from fastsd.data import load_data
 from fastsd.deferred import Passes
 from fastsd.evaluate import scored_samples, tabulate
 from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
-from fastsd.fit import parameter_shapes, refuse_other_data, refuse_other_model
+from fastsd.fit import (
+    binding_settings,
+    parameter_shapes,
+    refuse_other_data,
+    refuse_other_model,
+    refuse_other_settings,
+)
 from fastsd.guards import Guard
 from fastsd.interrupt import SignalGate
 from fastsd.layout import (
@@ -42,23 +46,14 @@ from fastsd.optimizer import Optimizer
 from fastsd.phases import PhaseClock
 from fastsd.preflight import check_prompts, renderer_for
 from fastsd.run_folder import append_evaluation, read_evaluations
-from fastsd.sharding import Replica, place_weights, refuse_ranks
+from fastsd.sharding import place_weights, refuse_ranks
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
-from fastsd.types import CheckpointError, Critic, FastsdError, Feedback, Prompt, Rollout, Task
+from fastsd.types import Critic, FastsdError, Feedback, Prompt, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
 from fastsd.vllm_rollout import open_sampler
 from fastsd.world import open_world
 from fastsd_kernels.loss_head import implementation_choice
-
-# Settings that a resumed run may change: none moves a weight or says what the critic writes, but
-# for guard, which may have stopped the run.
-_FREE_ON_RESUME = (
-    *("run", "resume", "seeds", "threads", "checkpoint", "eval", "report", "log", "filter"),
-    *("guard", "critic.url", "critic.api_key_env", "critic.concurrency", "critic.timeout_s"),
-    *("critic.retries", "critic.budget_s", "critic.cache", "rollout.servers", "parallel"),
-    *("rollout.concurrency", "rollout.server_tokens", "rollout.timeout_s", "rollout.sync"),
-)
 
 
 def open_task(config: Config) -> Task | None:
@@ -89,6 +84,7 @@ class Session:
         )
         self.reward = load_reward(config.reward, self.task)
         self.policy = load_policy(config.model, device, dtype)
+        self.loss_head = _loss_head(config.loss.impl, self.policy)
         self.renderer = renderer_for(self.policy, config)
         served = config.rollout, run_dir, self.world
         self.sampler = open_sampler(self.policy, self.renderer, *served)
@@ -97,7 +93,8 @@ class Session:
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
         refuse_other_inputs(self)
         self.weights = place_weights(config, self.policy, self.teacher, self.world)
-        self.loss_head = _loss_head(config, self.policy, self.weights)
+        if self.weights.shards_head:
+            self.loss_head = "sharded by vocabulary"
         self.guard = Guard(config.guard)
         self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike, self.world)
         self.clock = PhaseClock(self.policy.device)
@@ -256,7 +253,7 @@ class Session:
             "optimizer": self.optimizer.state_json(),
             "guard": self.guard.state_json(),
             "buffer": [sample_to_json(sample) for sample in self.buffer],
-            "config": self._binding_settings(),
+            "config": binding_settings(self.config),
             "model": parameter_shapes(self.policy.model),
         }
         with self.gate.closed():
@@ -270,7 +267,7 @@ class Session:
         found = checkpoint.load_latest(self.run_dir, self.world)
         if found is None:
             return False
-        self._refuse_other_settings(found)
+        refuse_other_settings(found.path, found.state["config"], self.config)
         refuse_other_model(found.path, found.state.get("model", {}), self.policy.model)
         self.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
         if self.teacher is not None:
@@ -280,22 +277,6 @@ class Session:
         self.step, self.cursor = found.state["step"], found.state["cursor"]
         self.buffer = self._samples_from_json(found)
         return True
-
-    def _refuse_other_settings(self, found: checkpoint.LoadedCheckpoint) -> None:
-        now, then = self._binding_settings(), found.state["config"]
-        for name in sorted(now.keys() | then.keys()):
-            if now.get(name) != then.get(name):
-                raise CheckpointError(
-                    f"cannot resume {found.path}: [{name}] was {json.dumps(then.get(name))} and is "
-                    f"{json.dumps(now.get(name))}; use the saved settings or another run folder"
-                )
-
-    def _binding_settings(self) -> dict[str, Any]:
-        settings = self.config.model_dump(mode="json")
-        for name in _FREE_ON_RESUME:
-            section, _, key = name.partition(".")
-            settings[section].pop(key) if key else settings.pop(section)
-        return settings
 
     def _samples_from_json(self, found: checkpoint.LoadedCheckpoint) -> list[Sample]:
         records = found.state["buffer"]
@@ -309,12 +290,10 @@ class Session:
         return [sample_from_json(record, by_id[record["prompt"]]) for record in records]
 
 
-def _loss_head(config: Config, policy: Policy, weights: Replica) -> str:
+def _loss_head(impl: str, policy: Policy) -> str:
     """The loss head that will run; an implementation that is not here is the user's to change."""
-    if weights.shards_head:
-        return "sharded by vocabulary"
     try:
-        name, why = implementation_choice(config.loss.impl, policy.device, policy.dtype)
+        name, why = implementation_choice(impl, policy.device, policy.dtype)
     except (RuntimeError, ValueError) as error:
         raise FastsdError(f"loss.impl: {error}") from error
     return f"{name} ({why})"

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsd.checkpoint import checkpoints, load_latest, save_checkpoint, verify
+from fastsd.checkpoint import checkpoints, load_latest, save_checkpoint
+from fastsd.manifest import verify
 from fastsd.sections import LoraConfig, ModelConfig
 from fastsd.types import CheckpointError
 from fastsd.world import World

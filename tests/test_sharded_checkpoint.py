@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from sharded_checkpoint_worker import save, tensors_of
 from torchrun import finished, torchrun
 
-from fastsd.checkpoint import load_latest, verify
+from fastsd.checkpoint import load_latest
+from fastsd.manifest import verify
 from fastsd.sharded_checkpoint import SavedTensors, copy_into, write_tensors
 from fastsd.types import CheckpointError
 from fastsd.world import ALONE

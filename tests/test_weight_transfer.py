@@ -232,7 +232,7 @@ def test_a_transfer_that_nobody_ends_is_left_alone(policy, serve, tmp_path, monk
 def test_a_signal_ends_a_transfer_at_once(policy, serve, tmp_path):
     server, release, gate = serve(), threading.Event(), SignalGate()
     sampler = open_transfer(policy, tmp_path, [server])
-    came = []
+    came, before = [], set(threading.enumerate())
 
     def stops(path, body):
         if path == "/update_weights":
@@ -245,7 +245,8 @@ def test_a_signal_ends_a_transfer_at_once(policy, serve, tmp_path):
     with gate, pytest.raises(Interrupted):
         sampler.update_weights(0)
     assert time.monotonic() - came[0] < 3
-    running = [t for t in threading.enumerate() if t.name.startswith(("transfer", "ThreadPool"))]
+    began = set(threading.enumerate()) - before
+    running = [t for t in began if t.name.startswith(("transfer", "ThreadPool"))]
     for thread in running:
         thread.join(3)
     assert not any(thread.is_alive() for thread in running), "they would keep the process"

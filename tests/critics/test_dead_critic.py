@@ -254,7 +254,7 @@ def test_a_run_counts_each_class_of_failure(settings, tmp_path):
 
 
 def test_resuming_elsewhere_is_allowed_and_another_critic_is_not(settings):
-    from fastsd.session import _FREE_ON_RESUME
+    from fastsd.fit import _FREE_ON_RESUME
 
     assert {"critic.url", "critic.api_key_env", "critic.timeout_s"} <= set(_FREE_ON_RESUME)
     assert not {"critic", "critic.model", "critic.sees"} & set(_FREE_ON_RESUME)
