@@ -31,9 +31,16 @@ class Wire:
         self._queues: dict[int, queue.Queue[Tensor]] = {}
 
     @classmethod
+    def opened(cls, address: str, port: int) -> Wire:
+        """By the trainer: the system may give it the port of an earlier group again."""
+        with cls._lock:
+            wire = cls._known[address, port] = cls()
+        return wire
+
+    @classmethod
     def at(cls, address: str, port: int) -> Wire:
         with cls._lock:
-            return cls._known.setdefault((address, port), cls())
+            return cls._known[address, port]
 
     def join(self, ranks: Sequence[int], world_size: int) -> None:
         with self._lock:
@@ -73,7 +80,7 @@ class MemoryEngine:
 
     @classmethod
     def open(cls, address, port, group, weights) -> MemoryEngine:
-        wire = Wire.at(address, port)
+        wire = Wire.opened(address, port)
         info = {"master_address": address, "master_port": port, "rank_offset": 1}
         with ThreadPoolExecutor(1) as pool:
             called = pool.submit(
