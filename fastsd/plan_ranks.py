@@ -67,6 +67,7 @@ def make_site(config: Config, model: ModelCounts, kind: str, ranks: int, teaches
         trains=model.head_trainable,
         streams=2 if teaches else 1,
         heads=2 if site.copied else 1,
+        device="cpu" if kind == "cpu" else "cuda",
     )
     layout, why = head_layout(config, head, ranks)
     reduced = 4 if config.parallel.reduce_dtype == "float32" else model.width

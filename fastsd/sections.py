@@ -301,7 +301,7 @@ class ParallelConfig(Section):
     all, before the run ends."""
     head: Literal["auto", "gathered", "sharded"] = "auto"
     """The loss head of many processes: each gathers all of it, or each keeps a part of the
-    vocabulary and is sent all hidden states; auto: what moves fewer bytes."""
+    vocabulary and is sent all hidden states; auto: by the size of vocabulary and step."""
     reduce_dtype: Literal["float32", "model"] = "float32"
     """What gradients are summed in over processes; model: the compute type, half the bytes."""
 

@@ -3,9 +3,8 @@
 Gathered, every rank multiplies its own rows by the whole head, which costs a copy of the head and
 of its gradient per rank, and their transfer. Sharded, every rank multiplies the rows of all ranks
 by the part of the head that it keeps anyway, and the row statistics are merged
-(`fastsd_kernels.vocabulary_sharded_linear_loss`): the hidden states travel instead. Which of the
-two moves fewer bytes depends on the vocabulary and on the tokens of a step alone. The arithmetic is
-split evenly both ways.
+(`fastsd_kernels.vocabulary_sharded_linear_loss`): the hidden states travel instead. That saves
+memory, and time where a step has few tokens: its plain products are slower than the fused kernel.
 
 Shapes: T response tokens of this rank's part, R of all ranks' parts, D hidden, V vocabulary; K
 columns of numbers that belong to a row.
@@ -32,10 +31,17 @@ from fastsd_kernels.loss_head import LossHeadOutput
 
 Layout = Literal["gathered", "sharded"]
 
+# Rows of a step for each rank, up to which the sharded head is worth its slower arithmetic: plain
+# products against a fused kernel. On a CPU measured (bench/bench_sharded_head.py: as long at 64,
+# 1.3 times as long at 256). On GPUs computed, and measured by nobody: half as much time again at
+# 600 TFLOP/s against links of 300 GB/s; between machines it would be more.
+LONGEST_ROWS = {"cpu": 64, "cuda": 4096}
+
 
 class Head(NamedTuple):
     """What the choice depends on. compute_bytes: of one number; trains: it has a gradient; streams
-    of hidden states: 2 with a teacher; heads: 2 where the teacher has weights of its own."""
+    of hidden states: 2 with a teacher; heads: 2 where the teacher has weights of its own; device:
+    "cpu" or "cuda"."""
 
     vocabulary: int
     compute_bytes: int
@@ -43,15 +49,17 @@ class Head(NamedTuple):
     trains: bool
     streams: int
     heads: int
+    device: str
 
 
 def head_layout(config: Config, head: Head, ranks: int) -> tuple[Layout, str]:
     """How the loss head lies over the ranks under parallel.head, and why.
 
-    "auto" compares the bytes that a rank moves for each hidden unit in one optimizer step at its
-    longest. Gathered: V rows of each head in the compute type once, and of its gradient in every
-    micro-batch. Sharded: R rows of each stream, and of the student's gradient in fp32 twice, for it
-    is all-reduced. A head tied to the embedding is gathered with it in any case.
+    "auto" shards a head where a step at its longest has few rows (LONGEST_ROWS) and moves fewer
+    bytes so, counted for each hidden unit. Gathered: V rows of each head in the compute type once,
+    and of its gradient in every micro-batch. Sharded: R rows of each stream, and of the student's
+    gradient in fp32 twice, for it is all-reduced. A head tied to the embedding is gathered with it
+    in any case.
 
     Raises FastsdError for a sharded head with loss.impl, for it has one implementation, and with
     more ranks than the vocabulary has parts for.
@@ -70,14 +78,17 @@ def head_layout(config: Config, head: Head, ranks: int) -> tuple[Layout, str]:
         return "gathered", f'loss.impl = "{impl}"' if impl != "auto" else "too small to be sharded"
     if head.tied:
         return "gathered", "the embedding has the same weights"
-    gathered, sharded = _bytes_moved(config, head, ranks)
+    rollout = config.rollout
+    rows = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_new_tokens
+    if rows > ranks * LONGEST_ROWS[head.device]:
+        return "gathered", f"up to {math.ceil(rows / ranks)} response tokens for each rank"
+    gathered, sharded = _bytes_moved(config, head, rows, ranks)
     chosen = "sharded" if sharded < gathered else "gathered"
     return chosen, f"gathered moves {gathered / sharded:.2g} x the bytes of sharded in a step"
 
 
-def _bytes_moved(config: Config, head: Head, ranks: int) -> tuple[int, int]:
-    rollout, budget = config.rollout, config.optim.micro_batch_tokens
-    rows = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_new_tokens
+def _bytes_moved(config: Config, head: Head, rows: int, ranks: int) -> tuple[int, int]:
+    budget = config.optim.micro_batch_tokens
     reduced = 4 if config.parallel.reduce_dtype == "float32" else head.compute_bytes
     batches = math.ceil(rows / (ranks * budget))
     gathered = head.compute_bytes * head.heads + reduced * batches * head.trains

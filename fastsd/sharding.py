@@ -272,6 +272,7 @@ def _head(policy: Policy, teacher: Teacher | None) -> Head:
         trains=policy.head_VD.requires_grad,
         streams=1 if teacher is None else 2,
         heads=2 if own else 1,
+        device=policy.device.type,
     )
 
 

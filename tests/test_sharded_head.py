@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from test_sharded_run import WORKER, launch_cases, losses, newest, settings
 from torchrun import finished, torchrun
 
-from fastsd.sharded_head import Head, head_layout
+from fastsd.sharded_head import LONGEST_ROWS, Head, head_layout
 from fastsd.types import FastsdError
 
-HEAD = Head(vocabulary=50_000, compute_bytes=2, tied=False, trains=True, streams=2, heads=1)
+HEAD = Head(
+    vocabulary=50_000, compute_bytes=2, tied=False, trains=True, streams=2, heads=1, device="cuda"
+)
 
 
 def config(prompts=4, samples=4, tokens=100, budget=10**6, impl="auto", **parallel):
@@ -30,10 +32,19 @@ def config(prompts=4, samples=4, tokens=100, budget=10**6, impl="auto", **parall
 
 def test_auto_takes_what_moves_fewer_bytes():
     # Gathered: V (2 + 4) bytes for each hidden unit; sharded: R (2 * 2 + 8).
-    most = 50_000 * 6 // 12
-    for rows, layout in ((most - 1000, "sharded"), (most + 1000, "gathered")):
-        assert head_layout(config(1, 2, rows // 2), HEAD, 2)[0] == layout
+    most, small = 10_000 * 6 // 12, HEAD._replace(vocabulary=10_000)
+    for rows, layout in ((most - 100, "sharded"), (most + 100, "gathered")):
+        assert head_layout(config(1, 2, rows // 2), small, 2)[0] == layout
     assert "x the bytes" in head_layout(config(), HEAD, 2)[1]
+
+
+def test_auto_gathers_where_a_rank_has_many_rows():
+    # The sharded head's arithmetic is slower, and grows with them.
+    for device, rows in LONGEST_ROWS.items():
+        head = HEAD._replace(device=device, vocabulary=10**6)
+        assert head_layout(config(1, 2, rows), head, 2)[0] == "sharded"
+        layout, why = head_layout(config(1, 2, rows + 1), head, 2)
+        assert layout == "gathered" and f"{rows + 1} response tokens for each rank" in why
 
 
 @pytest.mark.parametrize(
@@ -44,12 +55,12 @@ def test_auto_takes_what_moves_fewer_bytes():
         ({"heads": 2}, {}, 8 / 12),
         ({"compute_bytes": 4}, {}, 8 / 16),
         ({}, {"reduce_dtype": "model"}, 4 / 12),
-        ({}, {"budget": 2000}, (2 + 4 * 5) / 12),  # 20,000 rows: five micro-batches on each of two
+        ({}, {"budget": 200}, (2 + 4 * 5) / 12),  # 2,000 rows: five micro-batches on each of two
     ],
 )
 def test_what_each_layout_moves(change, settings, moves):
-    rows = 20_000
-    _, why = head_layout(config(2, 10, 1000, **settings), HEAD._replace(**change), 2)
+    rows = 2000
+    _, why = head_layout(config(2, 10, 100, **settings), HEAD._replace(**change), 2)
     assert float(why.split()[2]) == pytest.approx(moves * 50_000 / rows, rel=0.06)
 
 
