@@ -53,8 +53,11 @@ def parameter_shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def refuse_other_model(path: Path, saved: Shapes, model: torch.nn.Module) -> None:
-    """Raises CheckpointError naming the first tensor that differs. path: the checkpoint's."""
+def refuse_other_model(path: Path, saved: Shapes | None, model: torch.nn.Module) -> None:
+    """Raises CheckpointError naming the first tensor that differs. path: the checkpoint's. saved:
+    None for a checkpoint of before it was kept."""
+    if saved is None:
+        return
     own = parameter_shapes(model)
     names = [name for name in {**own, **saved} if own.get(name) != saved.get(name)]
     if not names:

@@ -268,7 +268,7 @@ class Session:
         if found is None:
             return False
         refuse_other_settings(found.path, found.state["config"], self.config)
-        refuse_other_model(found.path, found.state.get("model", {}), self.policy.model)
+        refuse_other_model(found.path, found.state.get("model"), self.policy.model)
         self.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
         if self.teacher is not None:
             self.teacher.load_state_tensors(found.tensors.part("teacher/"))

@@ -121,6 +121,8 @@ class Sharded(Replica):
             unit.unshard()
         try:
             yield
+            # FSDP gathers ahead, in a backward pass, what ran before: the same on an idle rank.
+            self.policy.try_out()
         finally:
             _set_resharding(self.policy, self._layout)
             for unit in _units(self.policy):

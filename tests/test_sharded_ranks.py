@@ -17,6 +17,7 @@ from tiny_models import build_tiny
 from torchrun import finished, torchrun
 
 from fastsd.checkpoint import checkpoints, load_latest
+from fastsd.tasks.chain_sum import ChainSum
 
 WORKER = Path(__file__).parent / "sharded_run_worker.py"
 STEPS = 6
@@ -59,6 +60,17 @@ def cases(folder: Path, ranks: int) -> dict[str, dict]:
         "written": settings("critique", rollout=at_once),
         "first rank dropped": settings("critique", rollout=at_once, critic=replayed),
         "some spread": some_spread(ranks),
+        # Every question is asked of one rank alone, however often.
+        "two questions": settings(
+            "reference",
+            rollout=each,
+            data={
+                "task": None,
+                "train": str(folder / "two.jsonl"),
+                "eval": str(folder / "two.jsonl"),
+            },
+            reward={"function": "reward_functions:coin"},
+        ),
         "odd": settings("reference", model=odd, rollout=each, **RANDOM),
         # The vocabulary of the head over the ranks, and of the teacher's own.
         "odd, head sharded": settings(
@@ -119,17 +131,22 @@ def in_one_process(folder: Path, ranks: int) -> dict[str, dict]:
     return trees
 
 
-def models(folder: Path) -> Path:
+def inputs(folder: Path) -> Path:
+    """Writes the models and the questions that cases name."""
     # Neither vocabulary nor hidden size nor the layers' width divides by 3 or 4.
     sizes = {"hidden_size": 30, "intermediate_size": 50, "vocab_size": 301}
     build_tiny("qwen3", folder / "odd", **sizes)
     build_tiny("qwen3_moe", folder / "moe")
+    task = ChainSum()
+    chosen = [task.prompt("train", index) for index in range(2)]
+    lines = [json.dumps({"question": each.question, "solution": each.solution}) for each in chosen]
+    (folder / "two.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    folder = models(tmp_path_factory.mktemp("three"))
+    folder = inputs(tmp_path_factory.mktemp("three"))
     trees = in_one_process(folder, 3)
     resumed = {f"{RESUMED}-resumed": trees[RESUMED]}
     run(folder, 2, {name: trees[name] for name in (RESUMED, "experts")})
@@ -140,7 +157,7 @@ def three(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    folder = models(tmp_path_factory.mktemp("four"))
+    folder = inputs(tmp_path_factory.mktemp("four"))
     run(folder, 4, in_one_process(folder, 4))
     return folder
 

@@ -36,8 +36,8 @@ BASE = {
     "model": {"name": str(MODEL), "dtype": "float32"},
     "data": {"task": "word_problems"},
     "prompt": {f"{name}_template": HINT_TEMPLATE for name in ("reference", "critique", "sibling")},
-    # A rank decodes fewer rows at once, which rounds otherwise. Among 49,152 tokens many a draw
-    # hangs on that, among 20 next to none.
+    # After an update the weights differ by rounding. Among 49,152 tokens many a draw hangs on that,
+    # among 20 next to none.
     "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 16, "top_k": 20},
     "reward": {"function": "reward_functions:coin"},
     "loss": {"divergence": "reverse_kl"},
