@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastsd.agreement import refuse_other_start
     from fastsd.cli import load_config, run_main
     from fastsd.interrupt import Interrupted
-    from fastsd.world import guarded, is_first, one_voice, open_world
+    from fastsd.world import guarded, is_first, left_in_order, one_voice, open_world
 
     def run() -> None:
         invocation = load_config(sys.argv[1:] if argv is None else list(argv))
         config = invocation.config
-        with guarded():
+        with left_in_order(), guarded():
             refuse_other_start(open_world(config.parallel.timeout_s, config.device), config)
             if invocation.dry_run:
                 from fastsd.dry_run import dry_run as work

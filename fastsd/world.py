@@ -129,6 +129,31 @@ def guarded(where: Callable[[], str] = lambda: "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def left_in_order() -> Iterator[None]:
+    """For a program's whole work: at its end, success or an error that all ranks raise, ranks are
+    disconnected. Threads of the connection that still run abort a process as it exits. Not after
+    RankLost: there is nobody to part from."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except (FastsdError, Interrupted):
+        _disconnect()
+        raise
+    _disconnect()
+
+
+def _disconnect() -> None:
+    if not _opened:
+        return
+    import torch.distributed as dist
+
+    _opened.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """For a program's whole run: ranks beside the first print nothing but errors."""
     if is_first():

@@ -27,7 +27,7 @@ from fastsd.interrupt import Interrupted, SignalGate
 from fastsd.recorder import Recorder
 from fastsd.shards import local
 from fastsd.types import CriticUnavailable, FastsdError
-from fastsd.world import guarded, open_world
+from fastsd.world import guarded, left_in_order, open_world
 
 _update = training.update
 
@@ -165,4 +165,5 @@ def _within(gate: SignalGate, case) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     world = open_world(2.0 if sys.argv[1] == "world" else 60.0)
-    {"train": train_cases, "world": world_cases}[sys.argv[1]](Path(sys.argv[2]))
+    with left_in_order():
+        {"train": train_cases, "world": world_cases}[sys.argv[1]](Path(sys.argv[2]))

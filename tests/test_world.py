@@ -1,18 +1,21 @@
 """Ranks: what fails on one is raised on all, one that does not answer ends the others' wait, and
 they speak with one voice."""
 
+import contextlib
 import json
 import runpy
 import signal
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torchrun import finished, torchrun
 
+from fastsd import world
 from fastsd.cli import load_config, run_main
 from fastsd.interrupt import Interrupted, SignalGate
 from fastsd.types import FastsdError
-from fastsd.world import ALONE, World, guarded, open_world
+from fastsd.world import ALONE, RankLost, World, guarded, open_world
 
 WORKER = Path(__file__).parent / "sharded_run_worker.py"
 
@@ -148,3 +151,21 @@ def test_an_error_of_a_machines_other_ranks_waits_for_its_first(capsys, monkeypa
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     signal.signal(signal.SIGTERM, before)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [(None, True), (FastsdError("x"), True), (Interrupted(15), True), (RankLost("x"), False)],
+)
+def test_ranks_part_in_order_but_from_lost_ones(monkeypatch, tmp_path, error, left):
+    monkeypatch.setattr(world, "_opened", [World(size=2)])
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with contextlib.suppress(BaseException), world.left_in_order():
+            if error is not None:
+                raise error
+        assert dist.is_initialized() != left and bool(world._opened) != left
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
