@@ -44,7 +44,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """One rank's part; rank 0 prints."""
-    from fastsd.world import open_world
+    from fastsd.runtime.world import open_world
 
     torch.set_num_threads(1)
     world = open_world(600.0, "cpu")

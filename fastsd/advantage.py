@@ -20,7 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fastsd.types import FastsdError, Rollout, Step
+from fastsd.errors import FastsdError
+from fastsd.types import Rollout, Step
 
 EPSILON = 1e-4
 """Added to the standard deviation, as in TRL's GRPO."""

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.types import Critic, FastsdError, Prompt, Task
+from fastsd.errors import FastsdError
+from fastsd.types import Critic, Prompt, Task
 
 if TYPE_CHECKING:
     from fastsd.advantage import Localisation
@@ -63,7 +64,7 @@ class Request:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from fastsd.cli import run_main
+    from fastsd.runtime.program import run_main
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
@@ -148,12 +149,12 @@ class CheckpointSubject:
     def __init__(self, config: Config, contexts: Sequence[str], folder: Path):
         import torch
 
-        from fastsd import hardware
         from fastsd.data import load_data
         from fastsd.feedback import CONDITIONS, required_fields
         from fastsd.model import load_policy
         from fastsd.preflight import renderer_for
         from fastsd.rollout import Sampler
+        from fastsd.runtime import hardware
         from fastsd.session import open_task
         from fastsd.verify import load_reward
 

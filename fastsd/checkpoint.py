@@ -31,10 +31,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastsd.errors import CheckpointError
 from fastsd.manifest import MANIFEST, STATE, TRAINER, fault, sha256, sync, verify, write_manifest
+from fastsd.runtime.world import ALONE, World
 from fastsd.sharded_checkpoint import SavedTensors, write_tensors
-from fastsd.types import CheckpointError
-from fastsd.world import ALONE, World
 
 log = logging.getLogger(__name__)
 

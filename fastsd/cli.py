@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,14 +20,12 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from fastsd.config import Config, resolve_condition
+from fastsd.errors import FastsdError
 from fastsd.flags import Arguments, help_text, parse_flags
 from fastsd.schema import Path, Problem, deep_merge, explain, validate
 from fastsd.toml_lines import key_lines
-from fastsd.types import FastsdError
-from fastsd.world import hear_the_first, refuse_many
 
 PRESET = FilePath(__file__).parent / "tasks" / "chain_sum.toml"
-INTERRUPTED = 130
 
 
 class ConfigError(FastsdError):
@@ -189,23 +187,3 @@ def _plain(section: BaseModel) -> dict:
         elif setting.default is not None:
             plain[name] = "none"
     return plain
-
-
-def run_main(function: Callable[[], int | None], many: bool = False) -> int:
-    """Runs a program's main and returns its exit code.
-
-    A FastsdError is a message for the user: printed without a traceback, with its own exit code.
-    Anything else that is raised is a defect and keeps its traceback. many: the program may be many
-    processes; otherwise more than one is such an error.
-    """
-    try:
-        if not many:
-            refuse_many()
-        return function() or 0
-    except FastsdError as error:
-        hear_the_first()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED

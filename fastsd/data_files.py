@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fastsd.types import FastsdError, Prompt
+from fastsd.errors import FastsdError
+from fastsd.types import Prompt
 
 _QUESTION_FIELDS = ("prompt", "messages", "question", "problem")
 _FIELDS = (*_QUESTION_FIELDS, "answer", "solution")

@@ -25,12 +25,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastsd.errors import FastsdError
 from fastsd.layout import MicroBatch, Sample, student_trees, teacher_trees
 from fastsd.model import Policy
 from fastsd.packing import PrefixKeys, count_tokens
-from fastsd.phases import PhaseClock
+from fastsd.runtime.phases import PhaseClock
 from fastsd.teacher import Teacher
-from fastsd.types import FastsdError, TokenTree
+from fastsd.types import TokenTree
 
 
 class DeferredPrefix:

@@ -1,9 +1,9 @@
 """`python -m fastsd.doctor [--json]`: what this machine will use, and why.
 
 Every line is asked of the code that a run would ask: the device and compute type of
-`fastsd.hardware`, what linear layers and attention run through, and the loss head itself with each
-implementation on a tiny problem. The matrix rate is that of torch.mm, measured, because a processor
-that has bfloat16 instructions is not always faster with them.
+`fastsd.runtime.hardware`, what linear layers and attention run through, and the loss head itself
+with each implementation on a tiny problem. The matrix rate is that of torch.mm, measured, because a
+processor that has bfloat16 instructions is not always faster with them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from importlib import metadata
 import torch
 
 import fastsd_kernels
-from fastsd import hardware
-from fastsd.cli import run_main
 from fastsd.cpu_linear import takes_onednn
+from fastsd.runtime import hardware
+from fastsd.runtime.program import run_main
 from fastsd_kernels.prefix_attention import implementation_name
 
 LOSS_HEAD_CHOICES = ("reference", "chunked", "native", "triton")

@@ -17,10 +17,10 @@ from fastsd.cli import Invocation, dump_toml, for_condition
 from fastsd.critics.rule import RuleCritic
 from fastsd.feedback import conditions_of
 from fastsd.layout import Sample, common_prefix
-from fastsd.phases import peak_memory_mib
 from fastsd.recorder import implementations
+from fastsd.runtime.phases import peak_memory_mib
+from fastsd.runtime.shards import local
 from fastsd.session import Session
-from fastsd.shards import local
 from fastsd.train import update
 from fastsd.types import Feedback, Prompt, Rollout
 

@@ -208,12 +208,13 @@ def evaluate_checkpoint(config: Config) -> EvalResult:
     """`evaluate` on the held-out questions of `config`, with the model that it names."""
     import torch
 
-    from fastsd import hardware, manifest
+    from fastsd import manifest
     from fastsd.answers import extract_answer
     from fastsd.data import load_data
     from fastsd.model import load_policy, model_path
     from fastsd.render import PromptRenderer
     from fastsd.rollout import Sampler
+    from fastsd.runtime import hardware
     from fastsd.session import open_task
     from fastsd.verify import load_reward
 
@@ -273,7 +274,7 @@ settings are listed by python -m fastsd.train --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from fastsd.cli import run_main
+    from fastsd.runtime.program import run_main
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):

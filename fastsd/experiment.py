@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.cli import Invocation, dump_toml, for_condition
+from fastsd.errors import FastsdError
 from fastsd.feedback import conditions_of
 from fastsd.preflight import check_prompts
 from fastsd.recorder import Recorder, implementations, run_dir_of
-from fastsd.run_folder import append_evaluation, read_evaluations, read_json, replace_text
+from fastsd.run_folder import append_evaluation, read_evaluations, read_json
+from fastsd.runtime.files import replace_text
+from fastsd.runtime.world import open_world
 from fastsd.session import Session, refuse_used_folder
 from fastsd.trackers import require_packages
-from fastsd.types import FastsdError
-from fastsd.world import open_world
 
 if TYPE_CHECKING:
     from fastsd.advantage import Localisation

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastsd.types import Critic, FastsdError, Prompt, Rollout
+from fastsd.errors import FastsdError
+from fastsd.types import Critic, Prompt, Rollout
 
 if TYPE_CHECKING:
     from fastsd.config import Config

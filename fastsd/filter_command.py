@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastsd.errors import CheckpointError
 from fastsd.filter import KEPT, VERDICTS, Filter, FilterError, row_of
-from fastsd.types import CheckpointError, Prompt
+from fastsd.types import Prompt
 
 if TYPE_CHECKING:
     from fastsd.config import Config
@@ -131,11 +132,11 @@ def open_filter(config: Config, request: Request) -> tuple[Filter, list[Prompt]]
     """
     import torch
 
-    from fastsd import hardware
     from fastsd.critics import open_critic
     from fastsd.model import load_policy
     from fastsd.preflight import renderer_for
     from fastsd.rollout import Sampler
+    from fastsd.runtime import hardware
     from fastsd.session import open_task
     from fastsd.verify import load_reward
 
@@ -231,7 +232,7 @@ def _print_counts(config: Config, counts: Counter[str], seconds: float) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The words after `python -m fastsd.data filter`; returns the exit code."""
-    from fastsd.cli import run_main
+    from fastsd.runtime.program import run_main
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fastsd.config import Config
-from fastsd.types import CheckpointError, Prompt
+from fastsd.errors import CheckpointError
+from fastsd.types import Prompt
 
 Shapes = Mapping[str, list[int]]
 # Settings that a resumed run may change: none moves a weight or says what the critic writes, but

@@ -35,8 +35,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastsd.errors import TrainingDiverged
 from fastsd.sections import GuardConfig
-from fastsd.types import StepMetrics, TrainingDiverged
+from fastsd.types import StepMetrics
 
 IN_A_ROW = 3
 _START_ROLLOUTS = 64

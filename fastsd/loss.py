@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastsd.feedback import FeedbackMaker
 from fastsd.layout import Sample
+from fastsd.runtime.world import World
 from fastsd.types import StepMetrics
-from fastsd.world import World
 from fastsd_kernels.loss_head import LossHeadOutput
 
 if TYPE_CHECKING:

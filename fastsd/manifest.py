@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsd.types import CheckpointError
+from fastsd.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 TRAINER = "trainer"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.report_page import environment
-from fastsd.run_folder import Run, RunFolderError, read_run, replace_text
+from fastsd.run_folder import Run, RunFolderError, read_run
+from fastsd.runtime.files import replace_text
 from fastsd.summary import difference_rows, limits_of, score_headers, score_rows
 
 

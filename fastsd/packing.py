@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsd.errors import FastsdError
 from fastsd.layout import common_prefix
-from fastsd.types import Branch, FastsdError, TokenTree
+from fastsd.types import Branch, TokenTree
 from fastsd_kernels import PrefixTree
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if short is not None:
             raise PlanError(_too_large(short))
 
-    from fastsd.cli import run_main
+    from fastsd.runtime.program import run_main
 
     return run_main(run)
 

@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from fastsd.errors import FastsdError
 from fastsd.plan_counts import Work
-from fastsd.types import FastsdError
 
 TABLE = Path(__file__).with_name("hardware_table.toml")
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastsd import hardware
 from fastsd.config import Config
 from fastsd.feedback import CONDITIONS, FeedbackMaker, conditions_of
 from fastsd.plan_counts import Work, count_step, generation, streams
@@ -23,6 +22,7 @@ from fastsd.plan_memory import Memory, largest_micro_batch, memory, most_rows
 from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_ranks import Site, make_site, over_ranks
 from fastsd.plan_rows import Lengths, Step
+from fastsd.runtime import hardware
 from fastsd.sections import LoraConfig, ModelConfig
 
 _GIB = 2**30

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastsd.errors import FastsdError
 from fastsd.packing import Pack
-from fastsd.types import FastsdError
 from fastsd_kernels import PrefixTree
 
 # Small blocks share more of an instruction's end; each costs the attention a pass of its own.

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastsd.config import Config
+from fastsd.errors import FastsdError
 from fastsd.feedback import feedback_maker, required_fields
 from fastsd.model import Policy
 from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
-from fastsd.types import FastsdError, Prompt
+from fastsd.types import Prompt
 
 if TYPE_CHECKING:
     from fastsd.session import Session

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from fastsd import __version__
 from fastsd.cli import dump_toml
 from fastsd.completions_table import completions_table, plain_completions, sample_rows
-from fastsd.interrupt import Interrupted
-from fastsd.run_folder import CompletionRow, MetricsWriter, replace_text, write_completions
+from fastsd.errors import CheckpointError, FastsdError, Interrupted, RankLost
+from fastsd.run_folder import CompletionRow, MetricsWriter, write_completions
+from fastsd.runtime.files import replace_text
 from fastsd.trackers import Tracker, open_trackers
-from fastsd.types import CheckpointError, FastsdError
-from fastsd.world import RankLost
 
 if TYPE_CHECKING:
     from fastsd.loss import StepStatistics

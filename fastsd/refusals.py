@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 

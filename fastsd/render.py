@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastsd.errors import FastsdError
 from fastsd.layout import common_prefix
 from fastsd.sections import PromptConfig
-from fastsd.types import FastsdError, Prompt
+from fastsd.types import Prompt
 
 _MARKER = "\ue000fastsd{}\ue001"
 _MARKER_PATTERN = re.compile("\ue000fastsd(\\d+)\ue001")

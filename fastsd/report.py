@@ -217,7 +217,7 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from fastsd.cli import run_main
+    from fastsd.runtime.program import run_main
 
     parser = argparse.ArgumentParser(
         prog="python -m fastsd.report",

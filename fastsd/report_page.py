@@ -16,8 +16,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.run_folder import replace_text
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
+from fastsd.runtime.files import replace_text
 
 if TYPE_CHECKING:
     import jinja2

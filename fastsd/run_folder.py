@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.advantage import Localisation
+from fastsd.errors import FastsdError
 from fastsd.evaluate import EvalResult
+from fastsd.runtime.files import replace_text
 from fastsd.summary import summarise
-from fastsd.types import FastsdError, Rollout
+from fastsd.types import Rollout
 
 
 class RunFolderError(FastsdError):
@@ -65,13 +67,6 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write the whole file or nothing: a temporary sibling, then a rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:

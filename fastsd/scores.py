@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 
 METRICS = ("avg_at_k", "pass_at_k", "maj_at_k")
 RESAMPLES = 4000

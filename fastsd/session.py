@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from fastsd import checkpoint, hardware
+from fastsd import checkpoint
 from fastsd.advantage import group_advantages
-from fastsd.agreement import refuse_other_inputs, refuse_other_start
 from fastsd.answers import extract_answer
 from fastsd.config import Config
 from fastsd.critics import open_critic
 from fastsd.data import load_data
 from fastsd.deferred import Passes
+from fastsd.errors import FastsdError
 from fastsd.evaluate import scored_samples, tabulate
 from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
 from fastsd.fit import (
@@ -32,7 +32,6 @@ from fastsd.fit import (
     refuse_other_settings,
 )
 from fastsd.guards import Guard
-from fastsd.interrupt import SignalGate
 from fastsd.layout import (
     MicroBatch,
     Sample,
@@ -43,16 +42,19 @@ from fastsd.layout import (
 )
 from fastsd.model import Policy, load_policy
 from fastsd.optimizer import Optimizer
-from fastsd.phases import PhaseClock
 from fastsd.preflight import check_prompts, renderer_for
 from fastsd.run_folder import append_evaluation, read_evaluations
+from fastsd.runtime import hardware
+from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
+from fastsd.runtime.phases import PhaseClock
+from fastsd.runtime.signals import SignalGate
+from fastsd.runtime.world import open_world
 from fastsd.sharding import place_weights, refuse_ranks
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
-from fastsd.types import Critic, FastsdError, Feedback, Prompt, Rollout, Task
+from fastsd.types import Critic, Feedback, Prompt, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
 from fastsd.vllm_rollout import open_sampler
-from fastsd.world import open_world
 from fastsd_kernels.loss_head import implementation_choice
 
 
@@ -74,7 +76,7 @@ class Session:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.world = open_world(config.parallel.timeout_s, config.device)
-        refuse_other_start(self.world, config)
+        refuse_other_start(self.world, config.model_dump(mode="json"))
         refuse_ranks(config, self.world)
         device = hardware.resolve_device(config.device, self.world.local_rank)
         dtype = hardware.resolve_dtype(config.model.dtype, device)

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastsd.types import CheckpointError
-from fastsd.world import World
+from fastsd.errors import CheckpointError
+from fastsd.runtime.world import World
 
 # A rank's bytes in one file: torch's writer makes a file in memory before it writes it.
 _FILE_BYTES = 64 * 2**20

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsd.config import Config
+from fastsd.errors import FastsdError
 from fastsd.model import Policy
-from fastsd.shards import local
-from fastsd.types import FastsdError
-from fastsd.world import World
+from fastsd.runtime.shards import local
+from fastsd.runtime.world import World
 from fastsd_kernels import fused_linear_loss, vocabulary_sharded_linear_loss
 from fastsd_kernels.loss_head import LossHeadOutput
 

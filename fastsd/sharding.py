@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from fastsd.config import Config
-from fastsd.interrupt import SignalGate
+from fastsd.errors import FastsdError
 from fastsd.model import Policy
+from fastsd.runtime.shards import whole
+from fastsd.runtime.signals import SignalGate
+from fastsd.runtime.world import World
 from fastsd.sharded_head import Head, Layout, head_layout, sharded_head_loss, whole_head_loss
-from fastsd.shards import whole
 from fastsd.teacher import Teacher
-from fastsd.types import FastsdError, Prompt
-from fastsd.world import World
+from fastsd.types import Prompt
 from fastsd_kernels.loss_head import LossHeadOutput
 
 T = TypeVar("T")

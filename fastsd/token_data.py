@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
     from fastsd.token_view import TokenView

@@ -20,7 +20,7 @@ from fastsd.config import Config
 from fastsd.deferred import Passes
 from fastsd.layout import Sample, micro_batches
 from fastsd.model import Policy
-from fastsd.phases import PhaseClock
+from fastsd.runtime.phases import PhaseClock
 from fastsd.sections import LossConfig, TeacherConfig
 from fastsd.teacher import Teacher
 from fastsd_kernels import fused_linear_statistics

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsd.types import FastsdError, Step
+from fastsd.errors import FastsdError
+from fastsd.types import Step
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
     """Trains one condition with one seed into `run_dir`, continuing what is there if asked to."""
-    from fastsd.agreement import refuse_own_folders
     from fastsd.recorder import Follower
+    from fastsd.runtime.agreement import refuse_own_folders
+    from fastsd.runtime.world import guarded
     from fastsd.session import Session
-    from fastsd.world import guarded
 
     session = Session(config, run_dir)
     recorder = recorder if session.world.leads else Follower(recorder.label)
@@ -90,16 +90,18 @@ def update(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `python -m fastsd.train --help`."""
-    from fastsd.agreement import refuse_other_start
-    from fastsd.cli import load_config, run_main
-    from fastsd.interrupt import Interrupted
-    from fastsd.world import guarded, is_first, left_in_order, one_voice, open_world
+    from fastsd.cli import load_config
+    from fastsd.errors import Interrupted
+    from fastsd.runtime.agreement import refuse_other_start
+    from fastsd.runtime.program import is_first, one_voice, run_main
+    from fastsd.runtime.world import guarded, left_in_order, open_world
 
     def run() -> None:
         invocation = load_config(sys.argv[1:] if argv is None else list(argv))
         config = invocation.config
         with left_in_order(), guarded():
-            refuse_other_start(open_world(config.parallel.timeout_s, config.device), config)
+            world = open_world(config.parallel.timeout_s, config.device)
+            refuse_other_start(world, config.model_dump(mode="json"))
             if invocation.dry_run:
                 from fastsd.dry_run import dry_run as work
             else:

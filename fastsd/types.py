@@ -145,21 +145,3 @@ class Task(Protocol):
     def steps(self, question: str, response: str) -> list[Step]:
         """The response's steps with right/wrong, for localisation figures."""
         ...
-
-
-class FastsdError(Exception):
-    """An error meant for the user: printed without a traceback, ends with `exit_code`."""
-
-    exit_code = 2
-
-
-class CriticUnavailable(FastsdError):
-    exit_code = 3
-
-
-class TrainingDiverged(FastsdError):
-    exit_code = 4
-
-
-class CheckpointError(FastsdError):
-    exit_code = 5

@@ -29,15 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.answers import extract_answer, folded
+from fastsd.errors import FastsdError
+from fastsd.runtime.workers import CHILD_SHARE, WorkerPool
 from fastsd.sections import RewardConfig
-from fastsd.types import FastsdError, Rollout, Task
-from fastsd.workers import WorkerPool
+from fastsd.types import Rollout, Task
 
 Reward = Callable[..., list[float | None]]
 
 MAX_ANSWER_CHARACTERS = 2000
-# Of reward.timeout_s, what a child gets before SIGKILL.
-CHILD_SHARE = 0.9
 PATIENCE_S = 10.0
 _BUILT_IN = ("task", "exact", "math")
 _WORDS = re.compile(r"[^\W\d_]{2,}([ '-][^\W\d_]+)*")

@@ -31,6 +31,7 @@ import torch
 from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters
+from fastsd.runtime.world import ALONE, World
 from fastsd.sections import RolloutConfig
 from fastsd.sharding import Replica
 from fastsd.sync import SharedFiles
@@ -39,7 +40,6 @@ from fastsd.vllm_draw import Draw
 from fastsd.vllm_fleet import Fleet
 from fastsd.vllm_server import RolloutError, VllmServer
 from fastsd.weight_transfer import Choice, WeightTransfer, choose_sync
-from fastsd.world import ALONE, World
 from fastsd_kernels import fused_linear_statistics
 
 if TYPE_CHECKING:

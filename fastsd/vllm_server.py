@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 from fastsd.vllm_draw import Draw, Group, excerpt, read_group
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ import torch
 import transformers
 from runs import small_config
 
-from fastsd import agreement
-from fastsd.agreement import refuse_other_start
+from fastsd.errors import FastsdError
 from fastsd.recorder import Recorder
+from fastsd.runtime import agreement
+from fastsd.runtime.agreement import refuse_other_start
+from fastsd.runtime.world import open_world
 from fastsd.session import Session
 from fastsd.train import train
-from fastsd.types import FastsdError
-from fastsd.world import open_world
 
 ROWS = {"task": None, "train": "rows.jsonl", "eval": "rows.jsonl"}
 
@@ -45,7 +45,7 @@ def other_settings() -> None:
 
 def other_sections() -> None:
     adapters = {"model": {"lora": {"r": 4, "alpha": 8}}} if world.rank else {}
-    refuse_other_start(world, small_config("grpo", **adapters))
+    refuse_other_start(world, small_config("grpo", **adapters).model_dump(mode="json"))
 
 
 def other_packages() -> None:

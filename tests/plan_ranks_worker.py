@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from fastsd.config import Config
 from fastsd.layout import Sample
+from fastsd.runtime.shards import local
+from fastsd.runtime.world import open_world
 from fastsd.session import Session
-from fastsd.shards import local
 from fastsd.train import update
 from fastsd.types import Prompt, Rollout
-from fastsd.world import open_world
 
 
 class Received:

@@ -18,9 +18,9 @@ import torch
 
 from fastsd import sharded_checkpoint
 from fastsd.checkpoint import load_latest, save_checkpoint
-from fastsd.shards import whole
-from fastsd.types import FastsdError
-from fastsd.world import World, guarded, open_world
+from fastsd.errors import FastsdError
+from fastsd.runtime.shards import whole
+from fastsd.runtime.world import World, guarded, open_world
 
 STATE = {"cursor": 3}
 SPREAD = ("optimizer/master", "optimizer/exp_avg", "teacher/bf16", "one", "three", "flat")

@@ -23,11 +23,11 @@ from fastsd import train as training
 from fastsd.checkpoint import checkpoints
 from fastsd.cli import ConfigError
 from fastsd.config import Config
-from fastsd.interrupt import Interrupted, SignalGate
+from fastsd.errors import CriticUnavailable, FastsdError, Interrupted
 from fastsd.recorder import Recorder
-from fastsd.shards import local
-from fastsd.types import CriticUnavailable, FastsdError
-from fastsd.world import guarded, left_in_order, open_world
+from fastsd.runtime.shards import local
+from fastsd.runtime.signals import SignalGate
+from fastsd.runtime.world import guarded, left_in_order, open_world
 
 _update = training.update
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny, load_tiny
 
 from fastsd.config import Config
+from fastsd.runtime.world import open_world
 from fastsd.sharding import place_weights
 from fastsd.sync import PolicyWeights, names_of_head, write_weights
-from fastsd.world import open_world
 
 CASES = {
     "tied": ("llama", "gathered", {}),

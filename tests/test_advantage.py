@@ -19,7 +19,8 @@ from fastsd.advantage import (
     place,
     token_spans,
 )
-from fastsd.types import FastsdError, Prompt, Rollout, Step
+from fastsd.errors import FastsdError
+from fastsd.types import Prompt, Rollout, Step
 
 PROMPT = Prompt("q0", ({"role": "user", "content": "?"},))
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import build_tiny_llama
 
 from fastsd.advantage_cli import main, parse
-from fastsd.types import CriticUnavailable
+from fastsd.errors import CriticUnavailable
 
 
 @pytest.fixture(scope="module")

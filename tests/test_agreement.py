@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchrun import finished, torchrun
 
-from fastsd import agreement
-from fastsd.agreement import refuse_differences
+import fastsd
+from fastsd.errors import FastsdError
+from fastsd.runtime import agreement
+from fastsd.runtime.agreement import refuse_differences
+from fastsd.runtime.world import ALONE, World, _refuse_other_devices, _take_gpu
 from fastsd.tasks import chain_sum
-from fastsd.types import FastsdError
-from fastsd.world import ALONE, World, _refuse_other_devices, _take_gpu
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
 BASE = Path(chain_sum.__file__).parent / "chain_sum_base"
@@ -105,7 +106,7 @@ def test_the_digest_of_the_weights_sees_names_shapes_types_and_values():
 def test_the_digest_of_the_code_sees_an_edit(tmp_path, monkeypatch):
     package = tmp_path / "fastsd"
     package.mkdir()
-    monkeypatch.setattr(agreement, "__file__", str(package / "agreement.py"))
+    monkeypatch.setattr(fastsd, "__file__", str(package / "__init__.py"))
     (package / "a.py").write_text("x = 1")
     (package / "_native.so").write_text("built here")
     before = agreement._code_digest()

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fastsd.cli import ConfigError, load_config, run_main
+from fastsd.cli import ConfigError, load_config
 from fastsd.config import Config
+from fastsd.errors import CheckpointError, CriticUnavailable, FastsdError, TrainingDiverged
 from fastsd.flags import help_text
+from fastsd.runtime.program import run_main
 from fastsd.schema import leaves
-from fastsd.types import CheckpointError, CriticUnavailable, FastsdError, TrainingDiverged
 
 ROOT = Path(__file__).parent.parent
 BASE = ["--model.name", "m", "--data.task", "chain_sum"]

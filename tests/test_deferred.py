@@ -6,11 +6,12 @@ from tiny_models import build_tiny, load_tiny
 from unpacked import everything_in_fp64
 
 from fastsd.deferred import DeferredPrefix, Passes
+from fastsd.errors import FastsdError
 from fastsd.layout import MicroBatch, Sample
-from fastsd.phases import PhaseClock
+from fastsd.runtime.phases import PhaseClock
 from fastsd.sections import LoraConfig, TeacherConfig
 from fastsd.teacher import Teacher
-from fastsd.types import Branch, FastsdError, Prompt, Rollout, TokenTree
+from fastsd.types import Branch, Prompt, Rollout, TokenTree
 from fastsd_kernels import fused_linear_loss
 
 QUESTION = tuple(range(5, 12))

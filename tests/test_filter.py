@@ -9,9 +9,10 @@ from runs import small_config
 
 from fastsd.critics.text import Reply, TextCritic
 from fastsd.data_files import read_prompts
+from fastsd.errors import CriticUnavailable
 from fastsd.filter import KEPT, Filter, FilterError, row_of
 from fastsd.sections import CriticConfig
-from fastsd.types import CriticUnavailable, Critique, Prompt, Rollout
+from fastsd.types import Critique, Prompt, Rollout
 from fastsd.verify import exact_reward
 
 STEPS = "1. one\n2. two\nAnswer: "

@@ -14,10 +14,10 @@ from runs import final_state, losses, run_small, small_config
 
 import fastsd.loss
 from fastsd.checkpoint import checkpoints
+from fastsd.errors import TrainingDiverged
 from fastsd.guards import SIGNS, Collapsed, Guard
 from fastsd.session import Session
 from fastsd.train import update
-from fastsd.types import TrainingDiverged
 
 
 def cut_back(source, target, step):

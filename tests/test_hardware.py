@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from fastsd import doctor, hardware
-from fastsd.hardware import HardwareError, resolve_device, resolve_dtype
+from fastsd import doctor
+from fastsd.runtime import hardware
+from fastsd.runtime.hardware import HardwareError, resolve_device, resolve_dtype
 
 
 def set_cuda(monkeypatch, count: int) -> None:

@@ -12,6 +12,7 @@ from runs import small_config
 from tiny_models import build_tiny_llama
 
 from fastsd.config import Config
+from fastsd.errors import CriticUnavailable
 from fastsd.experiment import _measure
 from fastsd.localise import (
     NO_ROOM,
@@ -25,14 +26,7 @@ from fastsd.sections import ReportConfig
 from fastsd.session import Session
 from fastsd.summary import localisation_rows
 from fastsd.token_view import by_rollout, read_views
-from fastsd.types import (
-    CriticUnavailable,
-    Critique,
-    Feedback,
-    Prompt,
-    Rollout,
-    Step,
-)
+from fastsd.types import Critique, Feedback, Prompt, Rollout, Step
 
 
 def log_probs(session, prompt_ids, response_ids):

@@ -5,11 +5,12 @@ import torch
 from tiny_models import build_tiny_llama, build_tiny_qwen3
 from unpacked import everything_in_fp64, unpacked_hidden
 
+from fastsd.errors import FastsdError
 from fastsd.model import ModelError, load_policy
 from fastsd.packing import count_tokens
 from fastsd.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.teacher import Teacher
-from fastsd.types import Branch, FastsdError, TokenTree
+from fastsd.types import Branch, TokenTree
 
 TREES = [
     TokenTree((5, 6, 7), (Branch((), (9, 10, 11, 12)), Branch((), (13,)), Branch((8,), (14, 15)))),

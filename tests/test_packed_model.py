@@ -5,9 +5,10 @@ import torch
 from tiny_models import ARCHITECTURES, build_tiny, load_tiny
 from unpacked import everything_in_fp64, unpacked_hidden
 
+from fastsd.errors import FastsdError
 from fastsd.packing import PrefixKeys, count_tokens
 from fastsd.sections import LoraConfig
-from fastsd.types import Branch, FastsdError, TokenTree
+from fastsd.types import Branch, TokenTree
 from fastsd_kernels import fused_linear_loss
 
 RESPONSES = (((9, 10, 11, 12), (13,), (14, 15, 16)), ((21,),), ((53, 54), (60, 61, 62)))

@@ -15,12 +15,12 @@ from bench.train_step_problem import Lengths as BenchLengths
 from fastsd.deferred import Passes
 from fastsd.layout import Sample, micro_batches
 from fastsd.model import load_policy
-from fastsd.phases import PhaseClock
 from fastsd.plan_counts import count_step
 from fastsd.plan_memory import largest_micro_batch, memory
 from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_ranks import Site
 from fastsd.plan_rows import Lengths, Step, group_rows, packs
+from fastsd.runtime.phases import PhaseClock
 from fastsd.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, Prompt, Rollout, TokenTree

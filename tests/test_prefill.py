@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_models import build_tiny, load_tiny
 
+from fastsd.errors import FastsdError
 from fastsd.packed_layers import packed_layers
 from fastsd.packing import PrefixKeys
 from fastsd.prefill import BLOCK, PromptTree, prompt_trees
-from fastsd.types import Branch, FastsdError, TokenTree
+from fastsd.types import Branch, TokenTree
 
 
 def begin_alike(seed: int, count: int = 9) -> list[tuple[int, ...]]:

@@ -9,12 +9,13 @@ from tiny_models import CHATML_TEMPLATE, build_tiny_llama
 from transformers import AutoTokenizer
 
 from fastsd.config import Config
+from fastsd.errors import FastsdError
 from fastsd.layout import common_prefix
 from fastsd.render import PromptError, PromptRenderer
 from fastsd.sections import PromptConfig
 from fastsd.session import Session
 from fastsd.train import main, update
-from fastsd.types import FastsdError, Prompt
+from fastsd.types import Prompt
 
 # As some models' templates do, another system text with thinking on.
 THINKS_FIRST = (

@@ -14,10 +14,9 @@ import pytest
 from runs import LORA, final_state, losses, run_small, small_config
 
 from fastsd.checkpoint import checkpoints
-from fastsd.interrupt import Interrupted
+from fastsd.errors import CheckpointError, FastsdError, Interrupted
 from fastsd.optimizer import Optimizer
 from fastsd.session import Session
-from fastsd.types import CheckpointError, FastsdError
 
 CONDITIONS = ("grpo", "reference", "critique")
 TEACHERS = ("live", "ema", "frozen", "adapter_off")

@@ -12,12 +12,13 @@ import fastsd.model
 import fastsd.rollout
 from fastsd.decode_steps import AllSlots
 from fastsd.decoding import Decoding
+from fastsd.errors import FastsdError
 from fastsd.model import load_policy
 from fastsd.packed_layers import packed_layers, packed_layers_name
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
 from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
-from fastsd.types import Branch, FastsdError, Prompt, TokenTree
+from fastsd.types import Branch, Prompt, TokenTree
 from fastsd_kernels import PackedLinear, PrefixDecodeCache, native_library
 
 QUESTIONS = ["What is 3 + 4?", "Tom has 12 apples and finds 7.", "x", "Now solve the problem. " * 3]

@@ -11,10 +11,10 @@ from sharded_checkpoint_worker import save, tensors_of
 from torchrun import finished, torchrun
 
 from fastsd.checkpoint import load_latest
+from fastsd.errors import CheckpointError
 from fastsd.manifest import verify
+from fastsd.runtime.world import ALONE
 from fastsd.sharded_checkpoint import SavedTensors, copy_into, write_tensors
-from fastsd.types import CheckpointError
-from fastsd.world import ALONE
 
 WORKER = Path(__file__).parent / "sharded_checkpoint_worker.py"
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_sharded_run import WORKER, launch_cases, losses, newest, settings
 from torchrun import finished, torchrun
 
+from fastsd.errors import FastsdError
 from fastsd.sharded_head import LONGEST_ROWS, Head, head_layout
-from fastsd.types import FastsdError
 
 HEAD = Head(
     vocabulary=50_000, compute_bytes=2, tied=False, trains=True, streams=2, heads=1, device="cuda"

@@ -15,9 +15,9 @@ from torchrun import finished, torchrun
 
 from fastsd.checkpoint import checkpoints
 from fastsd.config import Config
+from fastsd.errors import CheckpointError
+from fastsd.runtime.world import World
 from fastsd.session import Session
-from fastsd.types import CheckpointError
-from fastsd.world import World
 
 WORKER = Path(__file__).parent / "sharded_run_worker.py"
 STEPS = 2

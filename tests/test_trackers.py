@@ -17,9 +17,9 @@ import pytest
 from runs import run_small, small_config
 
 import fastsd.trackers
+from fastsd.errors import FastsdError
 from fastsd.sections import LogConfig
 from fastsd.trackers import open_trackers
-from fastsd.types import FastsdError
 
 STEPS = {1: {"loss": 0.5, "reward/mean": 0.25}, 2: {"loss": 0.25, "reward/mean": 0.5}}
 SECRETS = {

@@ -9,7 +9,7 @@ from runs import LORA, SMALL, run_small, small_config
 
 from fastsd.layout import MicroBatch, micro_batches
 from fastsd.loss import TokenWeights
-from fastsd.phases import PHASES
+from fastsd.runtime.phases import PHASES
 from fastsd.session import Session
 from fastsd.train import update
 

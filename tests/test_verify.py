@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from fastsd.errors import FastsdError
 from fastsd.sections import RewardConfig
-from fastsd.types import FastsdError, Prompt, Rollout
+from fastsd.types import Prompt, Rollout
 from fastsd.verify import MathReward, exact_reward, extract_answer, load_reward, score_rollouts
 
 

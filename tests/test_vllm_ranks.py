@@ -15,8 +15,8 @@ import fastsd.experiment
 from fastsd.checkpoint import checkpoints
 from fastsd.cli import dump_toml, load_config
 from fastsd.config import Config
+from fastsd.errors import Interrupted
 from fastsd.experiment import run_experiment
-from fastsd.interrupt import Interrupted
 from fastsd.recorder import Recorder
 from fastsd.run_folder import read_evaluations, read_metrics
 from fastsd.train import train

@@ -19,7 +19,8 @@ from fake_vllm import FIXTURES, PROMPTS, TRANSFER_PATHS, open_tiny
 from tiny_models import build_tiny
 
 import fastsd.transfer_group
-from fastsd.interrupt import Interrupted, SignalGate
+from fastsd.errors import Interrupted
+from fastsd.runtime.signals import SignalGate
 from fastsd.sections import RolloutConfig
 from fastsd.vllm_fleet import Fleet
 from fastsd.vllm_server import RolloutError, RolloutUnavailable

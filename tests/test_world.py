@@ -11,11 +11,12 @@ import pytest
 import torch.distributed as dist
 from torchrun import finished, torchrun
 
-from fastsd import world
-from fastsd.cli import load_config, run_main
-from fastsd.interrupt import Interrupted, SignalGate
-from fastsd.types import FastsdError
-from fastsd.world import ALONE, RankLost, World, guarded, open_world
+from fastsd.cli import load_config
+from fastsd.errors import FastsdError, Interrupted, RankLost
+from fastsd.runtime import world
+from fastsd.runtime.program import run_main
+from fastsd.runtime.signals import SignalGate
+from fastsd.runtime.world import ALONE, World, guarded, open_world
 
 WORKER = Path(__file__).parent / "sharded_run_worker.py"
 
@@ -82,7 +83,7 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch, rank):
 
 
 def test_torchrun_with_one_rank_is_one_process(monkeypatch):
-    monkeypatch.setattr("fastsd.world._opened", [])
+    monkeypatch.setattr("fastsd.runtime.world._opened", [])
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert open_world(1.0).gather("x") == ["x"]
@@ -142,7 +143,7 @@ def test_every_such_program_says_to_start_it_without_torchrun(
 
 def test_an_error_of_a_machines_other_ranks_waits_for_its_first(capsys, monkeypatch):
     waited = []
-    monkeypatch.setattr("fastsd.world.time.sleep", waited.append)
+    monkeypatch.setattr("fastsd.runtime.program.time.sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
     for rank, count in (("0", 0), ("1", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)

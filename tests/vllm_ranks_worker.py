@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from fastsd.config import Config
+from fastsd.errors import FastsdError
 from fastsd.recorder import Recorder
+from fastsd.runtime.world import open_world
 from fastsd.train import train
-from fastsd.types import FastsdError
-from fastsd.world import open_world
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

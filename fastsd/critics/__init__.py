@@ -44,8 +44,8 @@ def open_critic(
 
 def _open_writer(config: Config) -> Writer:
     if config.critic.kind == "local":
-        from fastsd import hardware
         from fastsd.critics.local import LocalWriter
+        from fastsd.runtime import hardware
 
         device = hardware.resolve_device(config.device)
         return LocalWriter(

@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.types import CheckpointError
+from fastsd.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fastsd.critics.text import Conversation, Reply

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastsd.critics.endpoint import Endpoint, RequestFailed
 from fastsd.critics.text import Conversation, Reply, WriterUnavailable
+from fastsd.errors import FastsdError
 from fastsd.sections import CriticConfig
-from fastsd.types import FastsdError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

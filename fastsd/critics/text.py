@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from fastsd.critics.cache import ReplyCache
 from fastsd.critics.prompt import critic_messages, solve_messages, strip_thinking
 from fastsd.critics.validation import validate_all
+from fastsd.errors import CriticUnavailable
 from fastsd.sections import CriticConfig
-from fastsd.types import CriticUnavailable, Critique, Prompt, Rollout
+from fastsd.types import Critique, Prompt, Rollout
 from fastsd.verify import Reward
 
 Conversation = list[dict[str, str]]

@@ -11,7 +11,8 @@ import importlib
 import inspect
 from collections.abc import Iterable
 
-from fastsd.types import FastsdError, Task
+from fastsd.errors import FastsdError
+from fastsd.types import Task
 
 TASKS = {
     "chain_sum": ("fastsd.tasks.chain_sum", "ChainSum"),

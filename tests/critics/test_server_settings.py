@@ -10,7 +10,7 @@ from critics.fault_server import MODEL, FaultServer
 from critics.server_critics import ask, named, writer
 
 from fastsd.critics.text import Reply, WriterUnavailable
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 
 KEY = "sk-planted-8c1f"
 

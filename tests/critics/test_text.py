@@ -13,8 +13,9 @@ from fastsd.config import Config
 from fastsd.critics import open_critic
 from fastsd.critics.cache import ReplyCache
 from fastsd.critics.text import Reply, TextCritic, WriterUnavailable
+from fastsd.errors import CheckpointError, CriticUnavailable
 from fastsd.sections import CriticConfig
-from fastsd.types import CheckpointError, CriticUnavailable, Prompt, Rollout
+from fastsd.types import Prompt, Rollout
 from fastsd.verify import exact_reward
 
 GOOD = "Step 1: 1+2=3\nAnswer: 3"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fastsd.errors import TrainingDiverged
 from fastsd.tasks import pretrain
 from fastsd.tasks.author import Author
 from fastsd.tasks.chain_sum import STEP, ChainSum, base_path
 from fastsd.tasks.pretrain import Health, HealthGate, Recipe, completion_loss, fit
-from fastsd.types import TrainingDiverged
 
 BATCH = [([2, 5], [6, 7, 1]), ([2, 5, 9, 8], [1]), ([3], [4, 4, 4, 4, 1])]
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from fastsd.world import World
+from fastsd.errors import Interrupted
 
 
-class Interrupted(BaseException):
-    """A signal asked the run to stop; `exit_code` is the shell's convention, 128 + signal."""
+class Ranks(Protocol):
+    """What a gate asks of `fastsd.runtime.world.World`."""
 
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+    size: int
+
+    def gather(self, value: Any) -> list[Any]: ...
 
 
 class SignalGate:
@@ -30,7 +29,7 @@ class SignalGate:
     and a signal to any rank stops all when they next `agree`.
     """
 
-    def __init__(self, world: World | None = None) -> None:
+    def __init__(self, world: Ranks | None = None) -> None:
         self._world = world if world is not None and world.size > 1 else None
         self._closed = 0 if self._world is None else 1
         self._pending: int | None = None

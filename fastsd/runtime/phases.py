@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fastsd.runtime.world import World
 from fastsd.types import StepMetrics
-from fastsd.world import World
 
 PHASES = ("rollout", "critic", "student", "teacher", "head", "optimizer")
 

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.types import FastsdError
-from fastsd.world import World
+from fastsd.errors import FastsdError
+from fastsd.runtime.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastsd.config import Config
     from fastsd.session import Session
 
 QUESTIONS_COMPARED = 64
@@ -33,12 +32,12 @@ _SOURCES = (".py", ".toml", ".j2", ".jinja")
 _ABSENT = "not set"
 
 
-def refuse_other_start(world: World, config: Config) -> None:
+def refuse_other_start(world: World, settings: Mapping[str, Any]) -> None:
     """Raises FastsdError on every rank where one has other settings or another installation.
     Collective."""
 
     def describe() -> dict[str, Any]:
-        return _installation() | dict(_flat(config.model_dump(mode="json")))
+        return _installation() | dict(_flat(settings))
 
     refuse_differences(world, describe)
 
@@ -116,9 +115,10 @@ def _installation() -> dict[str, str]:
 
 def _code_digest() -> str:
     """Of both packages' sources: a checkout changes without its version."""
+    import fastsd
     import fastsd_kernels
 
-    roots = [Path(__file__).parent, Path(str(fastsd_kernels.__file__)).parent]
+    roots = [Path(str(package.__file__)).parent for package in (fastsd, fastsd_kernels)]
     files = [(root.name, path.relative_to(root), path) for root in roots for path in _sources(root)]
     return _digest(
         part

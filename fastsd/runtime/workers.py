@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 
 _WORKERS = 2
 _START_S = 120.0
@@ -115,3 +115,7 @@ class _Worker:
     def _line(self, patience_s: float) -> str | None:
         ready, _, _ = select.select([self._stdout], [], [], patience_s)
         return self._stdout.readline().decode().strip() or None if ready else None
+
+
+# Of reward.timeout_s, what a child gets before SIGKILL.
+CHILD_SHARE = 0.9

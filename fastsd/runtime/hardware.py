@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError
 
 CPU_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 REPORTED_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_tile")

@@ -16,24 +16,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from fastsd.interrupt import Interrupted
-from fastsd.types import FastsdError
+from fastsd.errors import FastsdError, Interrupted, RankLost
 
 T = TypeVar("T")
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# How long a rank's error waits for the same one of its machine's first rank.
-SECOND_VOICE_S = 5.0
-
-
-class RankLost(FastsdError):
-    """Another rank does not answer: it died, or hangs. Nothing can be saved without it."""
-
-    exit_code = 1
 
 
 class World:
@@ -151,43 +140,6 @@ def _disconnect() -> None:
     _opened.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """For a program's whole run: ranks beside the first print nothing but errors."""
-    if is_first():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-def is_first() -> bool:
-    """Whether this is rank 0, also before the world is open."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def refuse_many() -> None:
-    """Raises FastsdError where torchrun started a program several times that is one process's."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise FastsdError(
-            f"torchrun started this program {size} times (WORLD_SIZE), and each would do all the "
-            "work and write the same files: start it once, with python instead of torchrun, or "
-            "unset WORLD_SIZE"
-        )
-
-
-def hear_the_first() -> None:
-    """Before an error is printed: other ranks of a machine wait for its first. Mostly that one
-    fails for the same reason, and torchrun ends the others before they say it again."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return
-    # The run is over, what was to be saved is saved: the launcher's signal may end this rank.
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_DFL)
-    time.sleep(SECOND_VOICE_S)
 
 
 def _connect(world: World, device: str) -> None:
