@@ -35,7 +35,7 @@ from bench.train_step_model import save_model
 from bench.train_step_problem import CONFIGURATIONS, EOS_ID, PAD_ID, Configuration, Lengths
 from bench.train_step_runs import summary
 from bench.train_step_worker import Worker, allocator_settings
-from fastsd.cli import dump_toml
+from fastsd.config import dump_toml
 from fastsd.plan_memory import SLACK
 
 SCRIPT = "bench/bench_plan.py"

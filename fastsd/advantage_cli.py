@@ -106,7 +106,7 @@ def _set(request: Request, flag: str, value: str) -> None:
 
 
 def _check_contexts(names: Sequence[str]) -> None:
-    from fastsd.feedback import CONDITIONS
+    from fastsd.conditions import CONDITIONS
 
     known = [name for name, condition in CONDITIONS.items() if condition.context]
     unknown = [name for name in names if name not in known]
@@ -117,9 +117,9 @@ def _check_contexts(names: Sequence[str]) -> None:
 
 def request_config(request: Request) -> Config:
     """The configuration that the measurement runs under. Raises ConfigError, AdvantageError."""
-    from fastsd.cli import for_condition
+    from fastsd.conditions import CONDITIONS
+    from fastsd.config import for_condition
     from fastsd.evaluate import checkpoint_config
-    from fastsd.feedback import CONDITIONS
     from fastsd.tasks import TASKS
 
     data, asks = request.data, [name for name in request.contexts if CONDITIONS[name].critic]
@@ -149,10 +149,11 @@ class CheckpointSubject:
     def __init__(self, config: Config, contexts: Sequence[str], folder: Path):
         import torch
 
+        from fastsd.conditions import CONDITIONS
         from fastsd.data import load_data
-        from fastsd.feedback import CONDITIONS, required_fields
         from fastsd.model import load_policy
         from fastsd.preflight import renderer_for
+        from fastsd.prompts.sources import required_fields
         from fastsd.rollout import Sampler
         from fastsd.runtime import hardware
         from fastsd.session import open_task
@@ -183,7 +184,7 @@ class CheckpointSubject:
 
     def check(self, contexts: Sequence[str], prompts: Sequence[Prompt]) -> None:
         """Raises FastsdError for what would fail only after the answers are sampled."""
-        from fastsd.feedback import CONDITIONS
+        from fastsd.conditions import CONDITIONS
 
         for name in contexts:
             template = getattr(self.config.prompt, CONDITIONS[name].template or "")

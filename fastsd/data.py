@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
+from fastsd.config.sections import DataConfig
 from fastsd.data_files import DataError, read_prompts
-from fastsd.sections import DataConfig
 from fastsd.types import Prompt, Task
 
 # Far apart, and prime: seeds do not meet, nor start at the same question of a task that repeats.

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastsd.cli import Invocation, dump_toml, for_condition
+from fastsd.conditions import conditions_of
+from fastsd.config import dump_toml, for_condition
+from fastsd.config.load import Invocation
 from fastsd.critics.rule import RuleCritic
-from fastsd.feedback import conditions_of
 from fastsd.layout import Sample, common_prefix
 from fastsd.recorder import implementations
 from fastsd.runtime.phases import peak_memory_mib
@@ -33,7 +34,7 @@ def dry_run(invocation: Invocation) -> None:
     config = invocation.config
     print(f"# resolved configuration: {', '.join(invocation.sources)}")
     print(dump_toml(config))
-    for name in conditions_of(config):
+    for name in conditions_of(config.condition):
         print(f"# condition {name}")
         _dry_run_condition(Session(for_condition(config, name), Path("dry-run")))
     print("dry run: nothing was trained or written")

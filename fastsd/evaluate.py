@@ -36,7 +36,8 @@ from fastsd.scores import (
 from fastsd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
-    from fastsd.config import Config, EvalConfig
+    from fastsd.config import Config
+    from fastsd.config.sections import EvalConfig
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,9 @@ def checkpoint_config(checkpoint: str, words: Sequence[str]) -> Config:
     embedded experiment if the checkpoint is its shipped base. Raises ConfigError where that leaves
     something unset.
     """
-    from fastsd.cli import PRESET, load_config
-    from fastsd.flags import parse_flags
+    from fastsd.config import load_config
+    from fastsd.config.flags import parse_flags
+    from fastsd.config.load import PRESET
     from fastsd.model import model_path
 
     folder = Path(model_path(checkpoint)).resolve()

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsd.cli import Invocation, dump_toml, for_condition
+from fastsd.conditions import conditions_of
+from fastsd.config import dump_toml, for_condition
+from fastsd.config.load import Invocation
 from fastsd.errors import FastsdError
-from fastsd.feedback import conditions_of
 from fastsd.preflight import check_prompts
 from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.run_folder import append_evaluation, read_evaluations, read_json
@@ -39,7 +40,7 @@ def run_experiment(invocation: Invocation) -> None:
     config, start = invocation.config, time.perf_counter()
     world = open_world(config.parallel.timeout_s, config.device)
     run_dir = world.lead(lambda: _run_dir(config))
-    conditions = conditions_of(config)
+    conditions = conditions_of(config.condition)
     children = [
         (name, seed, for_condition(config, name).model_copy(update={"seed": seed, "seeds": 1}))
         for seed in range(config.seed, config.seed + config.seeds)
@@ -163,7 +164,7 @@ def _read_localisation(path: Path) -> dict[str, Localisation]:
 
 def _run_child(config: Config, run_dir: Path, base: EvalResult) -> EvalResult:
     from fastsd.checkpoint import checkpoints
-    from fastsd.report import write_model_card
+    from fastsd.model_card import write_model_card
     from fastsd.train import train
 
     world = open_world(config.parallel.timeout_s, config.device)

@@ -94,7 +94,7 @@ def filter_config(words: Sequence[str]) -> Config:
 
     Raises ConfigError; held-out rows, which are not looked at, need not be named.
     """
-    from fastsd.cli import load_config
+    from fastsd.config import load_config
 
     words = [*words, *_held_out(words)]
     config = load_config([*words, "--condition", "reference"]).config
@@ -111,7 +111,7 @@ def filter_config(words: Sequence[str]) -> Config:
 
 
 def _held_out(words: Sequence[str]) -> list[str]:
-    from fastsd.flags import parse_flags
+    from fastsd.config.flags import parse_flags
 
     arguments = parse_flags(words)
     names = {override.path[1:2] for override in arguments.overrides if override.path[0] == "data"}

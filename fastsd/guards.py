@@ -35,8 +35,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastsd.config.sections import GuardConfig
 from fastsd.errors import TrainingDiverged
-from fastsd.sections import GuardConfig
 from fastsd.types import StepMetrics
 
 IN_A_ROW = 3

@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from fastsd.advantage import Localisation, localisation, token_spans
+from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
-from fastsd.feedback import CONDITIONS
 from fastsd.layout import Sample
 from fastsd.model import Policy
 from fastsd.render import PromptRenderer

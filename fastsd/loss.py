@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastsd.feedback import FeedbackMaker
 from fastsd.layout import Sample
 from fastsd.runtime.world import World
+from fastsd.training.feedback import FeedbackMaker
 from fastsd.types import StepMetrics
 from fastsd_kernels.loss_head import LossHeadOutput
 
@@ -46,9 +46,10 @@ class TokenWeights:
             return weight / tokens if tokens else 0.0
 
         kept = [sample for sample in samples if not sample.dropped]
+        divergence, policy = maker.weights
         return cls(
-            mean(maker.divergence_weight, [s for s in kept if s.teacher_ids is not None]),
-            mean(maker.policy_weight, [s for s in kept if s.rollout.reward is not None]),
+            mean(divergence, [s for s in kept if s.teacher_ids is not None]),
+            mean(policy, [s for s in kept if s.rollout.reward is not None]),
             mean(maker.config.loss.entropy_weight, kept),
         )
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fastsd import attention
+from fastsd.config.sections import LoraConfig, ModelConfig
 from fastsd.cpu_linear import takes_onednn, use_onednn
 from fastsd.packing import Pack, PrefixKeys, longest_path, pack_trees
 from fastsd.refusals import (
@@ -29,7 +30,6 @@ from fastsd.refusals import (
     refuse_sinks,
     refuse_unsupported,
 )
-from fastsd.sections import LoraConfig, ModelConfig
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import PrefixDecodeCache
 from fastsd_kernels.prefix_attention import implementation_name

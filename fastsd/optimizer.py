@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd.config.sections import OptimConfig
 from fastsd.errors import CheckpointError, FastsdError, TrainingDiverged
 from fastsd.runtime.shards import local
 from fastsd.runtime.world import ALONE, World
-from fastsd.sections import OptimConfig
 from fastsd.sharded_checkpoint import copy_into
 
 MAX_NONFINITE_IN_A_ROW = 5

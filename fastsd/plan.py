@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = _parser().parse_known_args(words)
 
     def run() -> None:
-        from fastsd.cli import for_condition, load_config
-        from fastsd.feedback import conditions_of
+        from fastsd.conditions import conditions_of
+        from fastsd.config import for_condition, load_config
         from fastsd.plan_hardware import PlanError
         from fastsd.plan_step import make_plan, refuse_contradictions
 
@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(rest).config
         refuse_contradictions(config, asked)
         _set_threads(config.threads)
-        plans = [make_plan(for_condition(config, name), asked) for name in conditions_of(config)]
+        plans = [
+            make_plan(for_condition(config, name), asked)
+            for name in conditions_of(config.condition)
+        ]
         if arguments.json:
             _print(json.dumps({"plans": [to_json(plan) for plan in plans]}))
         else:

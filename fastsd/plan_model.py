@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from fastsd import attention
+from fastsd.config.sections import ModelConfig
 from fastsd.model import model_path, prepare_training
 from fastsd.plan_trace import Pass, Product, trace
 from fastsd.refusals import ModelError, longest_sequence, refuse_unsupported
-from fastsd.sections import ModelConfig
 
 
 @dataclass(frozen=True)

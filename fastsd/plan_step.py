@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastsd.conditions import CONDITIONS, conditions_of
 from fastsd.config import Config
-from fastsd.feedback import CONDITIONS, FeedbackMaker, conditions_of
+from fastsd.config.sections import LoraConfig, ModelConfig
 from fastsd.plan_counts import Work, count_step, generation, streams
 from fastsd.plan_fleet import Served, serve
 from fastsd.plan_hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
@@ -23,7 +24,6 @@ from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_ranks import Site, make_site, over_ranks
 from fastsd.plan_rows import Lengths, Step
 from fastsd.runtime import hardware
-from fastsd.sections import LoraConfig, ModelConfig
 
 _GIB = 2**30
 
@@ -72,7 +72,7 @@ class Plan(InPhases):
 def refuse_contradictions(config: Config, asked: Asked) -> None:
     """config: of all conditions. Raises PlanError for what was asked about but does not happen."""
     kind, engine = config.critic.kind, config.rollout.engine
-    names = conditions_of(config)
+    names = conditions_of(config.condition)
     contexts = any(CONDITIONS[name].context for name in names)
     critics = any(CONDITIONS[name].critic for name in names)
     writes = critics and kind in ("local", "server")
@@ -178,8 +178,9 @@ def _step(config: Config, lengths: Lengths, ranks: int) -> Step:
             f"{ranks} ranks, but rollout.prompts_per_step = {prompts}: every rank needs a "
             "question; raise it, or plan for fewer devices"
         )
-    maker = FeedbackMaker(CONDITIONS[config.condition], None, config)
-    taught = maker.template is not None and maker.divergence_weight != 0
+    condition, loss = CONDITIONS[config.condition], config.loss
+    divergence, _ = condition.weights(loss.divergence_weight, loss.policy_weight)
+    taught = condition.template is not None and divergence != 0
     return Step(
         lengths=lengths,
         questions=math.ceil(prompts / ranks),

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from fastsd.config import Config
 from fastsd.errors import FastsdError
-from fastsd.feedback import feedback_maker, required_fields
 from fastsd.model import Policy
+from fastsd.prompts.sources import required_fields
 from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
+from fastsd.training.feedback import feedback_maker
 from fastsd.types import Prompt
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
-from fastsd.cli import dump_toml
 from fastsd.completions_table import completions_table, plain_completions, sample_rows
+from fastsd.config import dump_toml
 from fastsd.errors import CheckpointError, FastsdError, Interrupted, RankLost
 from fastsd.run_folder import CompletionRow, MetricsWriter, write_completions
 from fastsd.runtime.files import replace_text

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
 from fastsd.layout import common_prefix
-from fastsd.sections import PromptConfig
 from fastsd.types import Prompt
 
 _MARKER = "\ue000fastsd{}\ue001"

@@ -17,13 +17,13 @@ import torch
 from fastsd import checkpoint
 from fastsd.advantage import group_advantages
 from fastsd.answers import extract_answer
+from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
 from fastsd.critics import open_critic
 from fastsd.data import load_data
 from fastsd.deferred import Passes
 from fastsd.errors import FastsdError
 from fastsd.evaluate import scored_samples, tabulate
-from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker, required_fields
 from fastsd.fit import (
     binding_settings,
     parameter_shapes,
@@ -43,6 +43,7 @@ from fastsd.layout import (
 from fastsd.model import Policy, load_policy
 from fastsd.optimizer import Optimizer
 from fastsd.preflight import check_prompts, renderer_for
+from fastsd.prompts.sources import required_fields
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.runtime import hardware
 from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
@@ -52,6 +53,7 @@ from fastsd.runtime.world import open_world
 from fastsd.sharding import place_weights, refuse_ranks
 from fastsd.tasks import load_task
 from fastsd.teacher import Teacher
+from fastsd.training.feedback import dropped_rollouts, feedback_maker
 from fastsd.types import Critic, Feedback, Prompt, Rollout, Task
 from fastsd.verify import load_reward, score_rollouts
 from fastsd.vllm_rollout import open_sampler

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastsd.config.sections import TeacherConfig
 from fastsd.model import Policy, trainable_parameters
 from fastsd.packing import PrefixKeys
-from fastsd.sections import TeacherConfig
 from fastsd.sharded_checkpoint import copy_into
 from fastsd.types import TokenTree
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fastsd.config import Config
+from fastsd.config.sections import LossConfig, TeacherConfig
 from fastsd.deferred import Passes
 from fastsd.layout import Sample, micro_batches
 from fastsd.model import Policy
 from fastsd.runtime.phases import PhaseClock
-from fastsd.sections import LossConfig, TeacherConfig
 from fastsd.teacher import Teacher
 from fastsd_kernels import fused_linear_statistics
 

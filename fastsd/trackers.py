@@ -25,10 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastsd.config.sections import LogConfig
 from fastsd.errors import FastsdError
 from fastsd.run_folder import read_json
 from fastsd.runtime.files import replace_text
-from fastsd.sections import LogConfig
 from fastsd.types import StepMetrics
 
 

@@ -2,7 +2,7 @@
 
 One optimizer step is: roll out, verify, get feedback, run student and teacher over the same
 response tokens, let the loss head compare them, step. What differs between the conditions is data
-(`fastsd.feedback.CONDITIONS`), so the loop below does not know their names.
+(`fastsd.conditions.CONDITIONS`), so the loop below does not know their names.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def update(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `python -m fastsd.train --help`."""
-    from fastsd.cli import load_config
+    from fastsd.config import load_config
     from fastsd.errors import Interrupted
     from fastsd.runtime.agreement import refuse_other_start
     from fastsd.runtime.program import is_first, one_voice, run_main

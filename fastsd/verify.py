@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.answers import extract_answer, folded
+from fastsd.config.sections import RewardConfig
 from fastsd.errors import FastsdError
 from fastsd.runtime.workers import CHILD_SHARE, WorkerPool
-from fastsd.sections import RewardConfig
 from fastsd.types import Rollout, Task
 
 Reward = Callable[..., list[float | None]]

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
-from fastsd.sections import RolloutConfig
+from fastsd.config.sections import RolloutConfig
 from fastsd.vllm_draw import Draw, Group
 from fastsd.vllm_server import RolloutError, RolloutUnavailable, ServerLost, VllmServer
 

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastsd.config.sections import RolloutConfig
 from fastsd.refusals import longest_sequence
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters
 from fastsd.runtime.world import ALONE, World
-from fastsd.sections import RolloutConfig
 from fastsd.sharding import Replica
 from fastsd.sync import SharedFiles
 from fastsd.types import Branch, Prompt, Rollout, StepMetrics, TokenTree

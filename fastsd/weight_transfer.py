@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from fastsd.sections import RolloutConfig
+from fastsd.config.sections import RolloutConfig
 from fastsd.sync import PolicyWeights
 from fastsd.transfer_group import Engine, ServerGroup
 from fastsd.vllm_fleet import Fleet

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastsd.cli import load_config
+from fastsd.config import load_config
 from fastsd.dry_run import dry_run
 from fastsd.session import Session
 

@@ -22,9 +22,9 @@ from tiny_models import build_tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.render import PromptRenderer
-from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.types import Prompt
 from fastsd.vllm_rollout import VllmSampler
 

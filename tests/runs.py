@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 
 from fastsd.checkpoint import checkpoints
-from fastsd.cli import PRESET
 from fastsd.config import Config
+from fastsd.config.load import PRESET
+from fastsd.config.schema import deep_merge
 from fastsd.recorder import Recorder
-from fastsd.schema import deep_merge
 from fastsd.train import train
 
 SMALL = {

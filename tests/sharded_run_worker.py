@@ -21,8 +21,7 @@ import torch
 
 from fastsd import train as training
 from fastsd.checkpoint import checkpoints
-from fastsd.cli import ConfigError
-from fastsd.config import Config
+from fastsd.config import Config, ConfigError
 from fastsd.errors import CriticUnavailable, FastsdError, Interrupted
 from fastsd.recorder import Recorder
 from fastsd.runtime.shards import local

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from fastsd.checkpoint import checkpoints, load_latest, save_checkpoint
+from fastsd.config.sections import LoraConfig, ModelConfig
 from fastsd.errors import CheckpointError
 from fastsd.manifest import verify
 from fastsd.runtime.world import World
-from fastsd.sections import LoraConfig, ModelConfig
 
 FORK = multiprocessing.get_context("fork")
 

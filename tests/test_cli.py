@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastsd.cli import ConfigError, load_config
-from fastsd.config import Config
+from fastsd.config import Config, ConfigError, load_config
+from fastsd.config.flags import help_text
+from fastsd.config.schema import leaves
 from fastsd.errors import CheckpointError, CriticUnavailable, FastsdError, TrainingDiverged
-from fastsd.flags import help_text
 from fastsd.runtime.program import run_main
-from fastsd.schema import leaves
 
 ROOT = Path(__file__).parent.parent
 BASE = ["--model.name", "m", "--data.task", "chain_sum"]

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.cli import ConfigError, dump_toml, for_condition, load_config
-from fastsd.config import Config
-from fastsd.schema import deep_merge, leaves
+from fastsd.config import Config, ConfigError, dump_toml, for_condition, load_config
+from fastsd.config.schema import deep_merge, leaves
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TASK = '[model]\nname = "m"\n[data]\ntask = "chain_sum"\n'

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from rows import write_rows
 
+from fastsd.config.sections import DataConfig
 from fastsd.data import RowSource, load_data, main
 from fastsd.data_files import DataError, read_prompts
-from fastsd.sections import DataConfig
 from fastsd.tasks import load_task
 
 

@@ -5,11 +5,11 @@ import torch
 from tiny_models import build_tiny, load_tiny
 from unpacked import everything_in_fp64
 
+from fastsd.config.sections import LoraConfig, TeacherConfig
 from fastsd.deferred import DeferredPrefix, Passes
 from fastsd.errors import FastsdError
 from fastsd.layout import MicroBatch, Sample
 from fastsd.runtime.phases import PhaseClock
-from fastsd.sections import LoraConfig, TeacherConfig
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, Prompt, Rollout, TokenTree
 from fastsd_kernels import fused_linear_loss

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from fastsd.config.sections import EvalConfig
 from fastsd.evaluate import (
     EvalResult,
     checkpoint_config,
@@ -29,7 +30,6 @@ from fastsd.scores import (
     pass_by_question,
     pool_seeds,
 )
-from fastsd.sections import EvalConfig
 from fastsd.types import Prompt, Rollout
 
 

@@ -13,8 +13,8 @@ from typing import get_args
 import pytest
 from tiny_models import build_tiny_llama
 
-from fastsd import config, feedback, sections
-from fastsd.cli import load_config
+from fastsd import conditions
+from fastsd.config import load_config, sections, tree
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -58,7 +58,7 @@ def test_kernels_inside_trl(tmp_path):
 def test_the_page_on_conditions_shows_the_code_that_ships():
     page = (EXAMPLES / "new_condition.md").read_text()
     function, template, row = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert function == inspect.getsource(feedback.sibling_solution)
+    assert function == inspect.getsource(conditions.sibling_solution)
     assert template in inspect.getsource(sections.PromptConfig)
-    assert row in inspect.getsource(feedback)
-    assert "sibling" in get_args(config.ConditionName)
+    assert row in inspect.getsource(conditions)
+    assert "sibling" in get_args(tree.ConditionName)

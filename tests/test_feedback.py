@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
-from fastsd.feedback import CONDITIONS, dropped_rollouts, feedback_maker
+from fastsd.training.feedback import dropped_rollouts, feedback_maker
 from fastsd.types import Critique, Feedback, Prompt, Rollout
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from runs import small_config
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.text import Reply, TextCritic
 from fastsd.data_files import read_prompts
 from fastsd.errors import CriticUnavailable
 from fastsd.filter import KEPT, Filter, FilterError, row_of
-from fastsd.sections import CriticConfig
 from fastsd.types import Critique, Prompt, Rollout
 from fastsd.verify import exact_reward
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.config.sections import GuardConfig
 from fastsd.guards import CollapseAlarm, Guard, SpikeRule
 from fastsd.loss import repeated_share
-from fastsd.sections import GuardConfig
 
 SERIES = json.loads((Path(__file__).parent / "data" / "metric_series.json").read_text())
 

@@ -12,6 +12,7 @@ from runs import small_config
 from tiny_models import build_tiny_llama
 
 from fastsd.config import Config
+from fastsd.config.sections import ReportConfig
 from fastsd.errors import CriticUnavailable
 from fastsd.experiment import _measure
 from fastsd.localise import (
@@ -22,7 +23,6 @@ from fastsd.localise import (
     measure,
     measure_localisation,
 )
-from fastsd.sections import ReportConfig
 from fastsd.session import Session
 from fastsd.summary import localisation_rows
 from fastsd.token_view import by_rollout, read_views

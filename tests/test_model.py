@@ -5,10 +5,11 @@ import torch
 from tiny_models import build_tiny_llama, build_tiny_qwen3
 from unpacked import everything_in_fp64, unpacked_hidden
 
+from fastsd.config.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.errors import FastsdError
-from fastsd.model import ModelError, load_policy
+from fastsd.model import load_policy
 from fastsd.packing import count_tokens
-from fastsd.sections import LoraConfig, ModelConfig, TeacherConfig
+from fastsd.refusals import ModelError
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, TokenTree
 

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from fastsd.config.sections import OptimConfig
 from fastsd.errors import CheckpointError, FastsdError, TrainingDiverged
 from fastsd.optimizer import Optimizer, learning_rate
-from fastsd.sections import OptimConfig
 
 
 class Net(torch.nn.Module):

@@ -5,9 +5,9 @@ import torch
 from tiny_models import ARCHITECTURES, build_tiny, load_tiny
 from unpacked import everything_in_fp64, unpacked_hidden
 
+from fastsd.config.sections import LoraConfig
 from fastsd.errors import FastsdError
 from fastsd.packing import PrefixKeys, count_tokens
-from fastsd.sections import LoraConfig
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import fused_linear_loss
 

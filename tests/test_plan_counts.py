@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from bench.train_step_count import count as bench_count
 from bench.train_step_problem import Lengths as BenchLengths
+from fastsd.config.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.deferred import Passes
 from fastsd.layout import Sample, micro_batches
 from fastsd.model import load_policy
@@ -21,7 +22,6 @@ from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_ranks import Site
 from fastsd.plan_rows import Lengths, Step, group_rows, packs
 from fastsd.runtime.phases import PhaseClock
-from fastsd.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, Prompt, Rollout, TokenTree
 

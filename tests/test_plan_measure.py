@@ -9,6 +9,7 @@ import torch
 from tiny_models import build_tiny_llama, build_tiny_qwen3
 
 from fastsd import plan_decode_rates
+from fastsd.config.sections import ModelConfig
 from fastsd.plan_clock import Rate, span, times, total
 from fastsd.plan_counts import ADAMW_BYTES, count_step
 from fastsd.plan_decode_rates import Streams, decode_rates
@@ -16,7 +17,6 @@ from fastsd.plan_measure import MeasuredCpu
 from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_rates import product_rates, swept_rate
 from fastsd.plan_rows import Lengths, Step
-from fastsd.sections import ModelConfig
 
 AT = Lengths(question=24, feedback=18, response=9, samples=4, longest_response=9)
 STEP = Step(AT, 2, "group", True, 16384, True, 256)
@@ -56,7 +56,7 @@ def test_weights_are_read_whole_head_and_all(models):
 
 def test_the_optimizer_is_timed_at_its_own_bytes(models, monkeypatch):
     """Halved counts of bytes would be doubled seconds a byte."""
-    monkeypatch.setattr("fastsd.plan_rates.rate", lambda run, units: (run(), units))
+    monkeypatch.setattr("fastsd.plan_clock.rate", lambda run, units: (run(), units))
     large = replace(models["llama"], trainable=1000)
     assert swept_rate(large)[1] == ADAMW_BYTES * 1000
 

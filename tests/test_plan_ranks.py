@@ -13,6 +13,7 @@ from tiny_models import build_tiny, build_tiny_llama
 from torchrun import finished, torchrun
 
 from fastsd.config import Config
+from fastsd.config.sections import LoraConfig, ModelConfig
 from fastsd.errors import FastsdError
 from fastsd.plan_counts import count_step, streams
 from fastsd.plan_hardware import parse_hardware
@@ -21,7 +22,6 @@ from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_ranks import Site, make_site, over_ranks
 from fastsd.plan_rows import Lengths, Step
 from fastsd.plan_step import Asked, Plan, make_plan
-from fastsd.sections import LoraConfig, ModelConfig
 
 WORKER = Path(__file__).parent / "plan_ranks_worker.py"
 AT = {"question": 24, "feedback": 18, "response": 9, "samples": 4}

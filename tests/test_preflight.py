@@ -9,10 +9,10 @@ from tiny_models import CHATML_TEMPLATE, build_tiny_llama
 from transformers import AutoTokenizer
 
 from fastsd.config import Config
+from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
 from fastsd.layout import common_prefix
 from fastsd.render import PromptError, PromptRenderer
-from fastsd.sections import PromptConfig
 from fastsd.session import Session
 from fastsd.train import main, update
 from fastsd.types import Prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsd.cli import load_config
+from fastsd.config import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

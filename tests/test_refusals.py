@@ -11,10 +11,10 @@ from transformers import (
     T5Config,
 )
 
-from fastsd.model import ModelError, load_policy
+from fastsd.config.sections import ModelConfig, TeacherConfig
+from fastsd.model import load_policy
 from fastsd.packing import PrefixKeys
-from fastsd.refusals import check_length, refuse_unsupported
-from fastsd.sections import ModelConfig, TeacherConfig
+from fastsd.refusals import ModelError, check_length, refuse_unsupported
 from fastsd.teacher import Teacher
 from fastsd.types import Branch, TokenTree
 

@@ -9,8 +9,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fastsd.config.sections import PromptConfig
 from fastsd.render import PromptError, PromptRenderer, fill_template
-from fastsd.sections import PromptConfig
 from fastsd.types import Prompt
 
 TEMPLATE = PromptConfig().critique_template

@@ -14,7 +14,8 @@ import pytest
 
 from fastsd.advantage import Localisation, Region
 from fastsd.evaluate import EvalResult, tabulate
-from fastsd.report import main, write_model_card, write_report
+from fastsd.model_card import write_model_card
+from fastsd.report import main, write_report
 from fastsd.run_folder import (
     CompletionRow,
     MetricsWriter,

@@ -10,6 +10,7 @@ from tiny_models import ARCHITECTURES, build_tiny
 
 import fastsd.model
 import fastsd.rollout
+from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.decode_steps import AllSlots
 from fastsd.decoding import Decoding
 from fastsd.errors import FastsdError
@@ -17,7 +18,6 @@ from fastsd.model import load_policy
 from fastsd.packed_layers import packed_layers, packed_layers_name
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
-from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.types import Branch, Prompt, TokenTree
 from fastsd_kernels import PackedLinear, PrefixDecodeCache, native_library
 

@@ -24,7 +24,7 @@ from torchrun import finished, torchrun
 
 from fastsd.checkpoint import checkpoints, load_latest
 from fastsd.config import Config
-from fastsd.schema import deep_merge
+from fastsd.config.schema import deep_merge
 from fastsd.tasks import smollm2
 from fastsd.tasks.word_problems import HINT_TEMPLATE
 

@@ -8,7 +8,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.toml_lines import key_lines
+from fastsd.config.toml_lines import key_lines
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=12)
 

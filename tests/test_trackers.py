@@ -17,8 +17,8 @@ import pytest
 from runs import run_small, small_config
 
 import fastsd.trackers
+from fastsd.config.sections import LogConfig
 from fastsd.errors import FastsdError
-from fastsd.sections import LogConfig
 from fastsd.trackers import open_trackers
 
 STEPS = {1: {"loss": 0.5, "reward/mean": 0.25}, 2: {"loss": 0.25, "reward/mean": 0.5}}
@@ -193,7 +193,7 @@ def test_a_run_without_trackers_leaves_no_trace_of_them(tmp_path):
 ALL_THREE = """
 import sys
 from pathlib import Path
-from fastsd.sections import LogConfig
+from fastsd.config.sections import LogConfig
 from fastsd.trackers import open_trackers
 kinds = ["tensorboard", "trackio", "wandb"]
 trackers = open_trackers(LogConfig(trackers=kinds), Path(sys.argv[1]), "run")

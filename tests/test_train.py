@@ -61,11 +61,11 @@ def definition(session, samples):
             pairs = {"reverse_kl": (student, teacher), "forward_kl": (teacher, student)}
             first, second = pairs[config.loss.divergence]
             divergence = (first.exp() * (first - second)).sum()
-            total = total + maker.divergence_weight * divergence / taught
+            total = total + maker.weights[0] * divergence / taught
         ratio = (picked - torch.tensor(s.rollout.logprobs)).exp()
         clipped = ratio.clamp(1 - config.loss.clip, 1 + config.loss.clip)
         surrogate = torch.minimum(ratio * s.advantage, clipped * s.advantage).sum()
-        total = total - maker.policy_weight * surrogate / rewarded
+        total = total - maker.weights[1] * surrogate / rewarded
         entropy = -(student.exp() * student).sum()
         total = total - config.loss.entropy_weight * entropy / sum(lengths.values())
     return total

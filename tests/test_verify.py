@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from fastsd.answers import extract_answer
+from fastsd.config.sections import RewardConfig
 from fastsd.errors import FastsdError
-from fastsd.sections import RewardConfig
 from fastsd.types import Prompt, Rollout
-from fastsd.verify import MathReward, exact_reward, extract_answer, load_reward, score_rollouts
+from fastsd.verify import MathReward, exact_reward, load_reward, score_rollouts
 
 
 def rollout(text, answer="42", **columns):

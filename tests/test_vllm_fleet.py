@@ -7,8 +7,8 @@ import pytest
 import torch
 from fake_vllm import FIXTURES, PROMPTS, open_tiny
 
+from fastsd.config.sections import ModelConfig
 from fastsd.model import load_policy
-from fastsd.sections import ModelConfig
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 
 folder, _, serve = FIXTURES

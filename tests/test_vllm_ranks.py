@@ -13,8 +13,7 @@ from torchrun import finished, torchrun
 
 import fastsd.experiment
 from fastsd.checkpoint import checkpoints
-from fastsd.cli import dump_toml, load_config
-from fastsd.config import Config
+from fastsd.config import Config, dump_toml, load_config
 from fastsd.errors import Interrupted
 from fastsd.experiment import run_experiment
 from fastsd.recorder import Recorder

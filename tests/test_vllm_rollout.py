@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 import fastsd.sharded_head
 from fastsd.config import Config
+from fastsd.config.sections import LoraConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.recorder import Recorder
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler
 from fastsd.run_folder import read_metrics
-from fastsd.sections import LoraConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.sync import names_of_head, write_weights
 from fastsd.train import train
 from fastsd.types import Branch, TokenTree

@@ -16,10 +16,10 @@ from tiny_models import build_tiny, build_tiny_qwen3, load_tiny
 
 import fastsd.vllm_rollout
 import fastsd.vllm_server
+from fastsd.config.sections import PromptConfig, RolloutConfig
 from fastsd.errors import Interrupted
 from fastsd.render import PromptRenderer
 from fastsd.runtime.signals import SignalGate
-from fastsd.sections import PromptConfig, RolloutConfig
 from fastsd.vllm_rollout import VllmSampler
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 

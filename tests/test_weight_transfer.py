@@ -19,9 +19,9 @@ from fake_vllm import FIXTURES, PROMPTS, TRANSFER_PATHS, open_tiny
 from tiny_models import build_tiny
 
 import fastsd.transfer_group
+from fastsd.config.sections import RolloutConfig
 from fastsd.errors import Interrupted
 from fastsd.runtime.signals import SignalGate
-from fastsd.sections import RolloutConfig
 from fastsd.vllm_fleet import Fleet
 from fastsd.vllm_server import RolloutError, RolloutUnavailable
 from fastsd.weight_transfer import WeightTransfer, _meeting_place, choose_sync, open_nccl

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from torchrun import finished, torchrun
 
-from fastsd.cli import load_config
+from fastsd.config import load_config
 from fastsd.errors import FastsdError, Interrupted, RankLost
 from fastsd.runtime import world
 from fastsd.runtime.program import run_main

@@ -25,8 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastsd.config.sections import ModelConfig
 from fastsd.model import Policy, load_policy
-from fastsd.sections import ModelConfig
 
 QWEN3_TEMPLATE = Path(__file__).parent / "data" / "qwen3_tiny" / "chat_template.jinja"
 

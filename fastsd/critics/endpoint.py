@@ -21,8 +21,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from fastsd.config.sections import CriticConfig
 from fastsd.errors import FastsdError
-from fastsd.sections import CriticConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from jinja2 import TemplateError
 
+from fastsd.config.sections import CriticConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.critics.text import Conversation, Reply
 from fastsd.model import Policy, load_policy
 from fastsd.refusals import ModelError, longest_sequence
 from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler
-from fastsd.sections import CriticConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.types import Prompt, Rollout
 
 # Memory for replies under way, in tokens: fewer at once where they may be long.

@@ -17,8 +17,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.rule import reference_of
-from fastsd.sections import CriticConfig
 from fastsd.steps import STEP_INSTRUCTION
 from fastsd.types import Prompt, Rollout
 

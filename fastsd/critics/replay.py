@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.text import Reply, judged
 from fastsd.data_files import DataError, read_rows
-from fastsd.sections import CriticConfig
 from fastsd.types import Critique, Rollout
 from fastsd.verify import Reward
 

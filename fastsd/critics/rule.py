@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastsd.sections import CriticConfig
+from fastsd.config.sections import CriticConfig
 from fastsd.types import Critique, Prompt, Rollout, Task
 
 

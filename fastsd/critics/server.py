@@ -21,10 +21,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.endpoint import Endpoint, RequestFailed
 from fastsd.critics.text import Conversation, Reply, WriterUnavailable
 from fastsd.errors import FastsdError
-from fastsd.sections import CriticConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

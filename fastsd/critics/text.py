@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.cache import ReplyCache
 from fastsd.critics.prompt import critic_messages, solve_messages, strip_thinking
 from fastsd.critics.validation import validate_all
 from fastsd.errors import CriticUnavailable
-from fastsd.sections import CriticConfig
 from fastsd.types import Critique, Prompt, Rollout
 from fastsd.verify import Reward
 

@@ -18,9 +18,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.prompt import MARK
 from fastsd.render import special_pattern
-from fastsd.sections import CriticConfig
 from fastsd.steps import TextStep, parse_steps
 from fastsd.types import Critique, Rollout
 from fastsd.verify import Reward, score_rollouts

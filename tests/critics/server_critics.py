@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from critics.fault_server import MODEL
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.server import ServerWriter
-from fastsd.sections import CriticConfig
 
 
 def writer(url: str, **settings) -> ServerWriter:

@@ -19,11 +19,11 @@ from runs import losses
 from tiny_models import build_tiny_llama
 
 from fastsd.checkpoint import checkpoints
-from fastsd.cli import load_config
+from fastsd.config import load_config
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.server import ServerWriter
 from fastsd.critics.text import Reply, TextCritic, WriterUnavailable
 from fastsd.run_folder import read_metrics
-from fastsd.sections import CriticConfig
 from fastsd.train import main
 from fastsd.types import Prompt, Rollout
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.prompt import INSTRUCTIONS, critic_messages, solve_messages, strip_thinking
-from fastsd.sections import CriticConfig
 from fastsd.steps import STEP_INSTRUCTION
 from fastsd.types import Prompt, Rollout
 

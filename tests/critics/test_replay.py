@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.config.sections import CriticConfig
 from fastsd.critics.replay import ReplayCritic, read_critiques
 from fastsd.data_files import DataError
 from fastsd.run_folder import CompletionRow, write_completions
-from fastsd.sections import CriticConfig
 from fastsd.types import Prompt, Rollout
 from fastsd.verify import exact_reward
 

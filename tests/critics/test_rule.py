@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fastsd.config import Config
+from fastsd.config.sections import CriticConfig
 from fastsd.critics import open_critic
 from fastsd.critics.rule import RuleCritic, reference_of
-from fastsd.sections import CriticConfig
 from fastsd.tasks import load_task
 from fastsd.types import Critique, Prompt, Rollout
 

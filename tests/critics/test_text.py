@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fastsd.config import Config
+from fastsd.config.sections import CriticConfig
 from fastsd.critics import open_critic
 from fastsd.critics.cache import ReplyCache
 from fastsd.critics.text import Reply, TextCritic, WriterUnavailable
 from fastsd.errors import CheckpointError, CriticUnavailable
-from fastsd.sections import CriticConfig
 from fastsd.types import Prompt, Rollout
 from fastsd.verify import exact_reward
 

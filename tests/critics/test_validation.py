@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.config.sections import CriticConfig, RewardConfig
 from fastsd.critics.prompt import critic_messages
 from fastsd.critics.validation import validate_all
-from fastsd.sections import CriticConfig, RewardConfig
 from fastsd.types import Prompt, Rollout
 from fastsd.verify import exact_reward, load_reward
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from fastsd.answers import extract_answer
-from fastsd.sections import RewardConfig
+from fastsd.config.sections import RewardConfig
 from fastsd.tasks import TaskError, gym, gym_worker, load_task
 from fastsd.tasks.gym import GymReward, ReasoningGym
 from fastsd.types import Prompt, Rollout

@@ -16,7 +16,8 @@ import torch
 from tiny_models import build_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastsd.config import Config, PromptConfig
+from fastsd.config import Config
+from fastsd.config.sections import PromptConfig
 from fastsd.render import PromptRenderer
 from fastsd.tasks import smollm2
 from fastsd.tasks.smollm2 import Health, SmolLM2Error

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from fastsd.config import Config
+from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.recorder import Recorder
 from fastsd.render import PromptRenderer
 from fastsd.run_folder import read_metrics
-from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.train import train
 from fastsd.types import Prompt
 from fastsd.vllm_fleet import ask

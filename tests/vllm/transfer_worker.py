@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from gloo_engine import open_gloo
 
+from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.render import PromptRenderer
-from fastsd.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.sync import SharedFiles
 from fastsd.vllm_fleet import ask
 from fastsd.vllm_rollout import VllmSampler

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastsd.config import Config
 from fastsd.types import Critic, Feedback, Rollout
 
 
@@ -30,6 +29,14 @@ class Condition:
     policy: float
     needs: str | None = None
     critic: bool = False
+
+    def weights(self, divergence: float | None, policy: float | None) -> tuple[float, float]:
+        """Weights of the divergence and of the policy term: the configuration's, where it sets
+        them (loss.divergence_weight, loss.policy_weight), else the condition's own."""
+        return (
+            self.divergence if divergence is None else divergence,
+            self.policy if policy is None else policy,
+        )
 
 
 def reference_solution(rollouts: Sequence[Rollout], critic: Critic | None) -> list[Feedback]:
@@ -76,63 +83,6 @@ CONDITIONS: dict[str, Condition] = {
 COMPARED = ("grpo", "reference", "critique")
 
 
-def conditions_of(config: Config) -> list[str]:
-    """The conditions that a configuration runs."""
-    return list(COMPARED) if config.condition == "all" else [config.condition]
-
-
-@dataclass(frozen=True)
-class FeedbackMaker:
-    """Gives every rollout its feedback under one condition."""
-
-    condition: Condition
-    critic: Critic | None
-    config: Config
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Feedback]:
-        if self.condition.context is None:
-            return [Feedback(None) for _ in rollouts]
-        return self.condition.context(rollouts, self.critic)
-
-    @property
-    def template(self) -> str | None:
-        return self.condition.template and getattr(self.config.prompt, self.condition.template)
-
-    @property
-    def divergence_weight(self) -> float:
-        own = self.config.loss.divergence_weight
-        return self.condition.divergence if own is None else own
-
-    @property
-    def policy_weight(self) -> float:
-        own = self.config.loss.policy_weight
-        return self.condition.policy if own is None else own
-
-
-def dropped_rollouts(
-    rollouts: Sequence[Rollout], feedback: Sequence[Feedback], on_invalid: str
-) -> list[bool]:
-    """Which rollouts count for nothing because critic.on_invalid says so: those whose feedback has
-    a problem, or their whole groups; none with "reward_only"."""
-    bad = [given.problem is not None for given in feedback]
-    if on_invalid == "reward_only":
-        return [False] * len(bad)
-    if on_invalid == "drop_rollout":
-        return bad
-    groups = {r.prompt.id for r, is_bad in zip(rollouts, bad, strict=True) if is_bad}
-    return [rollout.prompt.id in groups for rollout in rollouts]
-
-
-def required_fields(config: Config) -> dict[str, str]:
-    """Prompt fields that no training row may lack, each with the reason."""
-    needs = {}
-    if (field := CONDITIONS[config.condition].needs) is not None:
-        needs[field] = f'condition = "{config.condition}" shows it to the teacher'
-    if config.reward.function in ("exact", "math"):
-        needs["answer"] = f'reward.function = "{config.reward.function}" compares with it'
-    return needs
-
-
-def feedback_maker(config: Config, critic: Critic | None) -> FeedbackMaker:
-    """The condition that the configuration names, with its critic."""
-    return FeedbackMaker(CONDITIONS[config.condition], critic, config)
+def conditions_of(condition: str) -> list[str]:
+    """The conditions that the setting `condition` runs."""
+    return list(COMPARED) if condition == "all" else [condition]

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from fastsd.config import Config
-from fastsd.schema import Path, annotation_at, is_optional, leaves, section_of, without_none
+from fastsd.config.checked import Config
+from fastsd.config.schema import Path, annotation_at, is_optional, leaves, section_of, without_none
 
 USAGE = """usage: python -m fastsd.train [CONFIG.toml ...] [--section.key VALUE ...]
 

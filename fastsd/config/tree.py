@@ -1,18 +1,12 @@
-"""One frozen tree of settings. Impossible combinations fail here, when the configuration is read.
-
-The embedded experiment's settings are `fastsd/tasks/chain_sum.toml`. `fastsd.cli` merges TOML
-files and flags into this tree; its sections are in `fastsd.sections`.
-"""
+"""The tree of settings: the top level, and the sections of `fastsd.config.sections` below it."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from fastsd.schema import deep_merge, validate
-from fastsd.sections import (
+from fastsd.config.sections import (
     CheckpointConfig,
     CriticConfig,
     DataConfig,
@@ -35,7 +29,9 @@ from fastsd.sections import (
 ConditionName = Literal["grpo", "reference", "critique", "sibling", "all"]
 
 
-class Config(Section):
+class Settings(Section):
+    """Each value is allowed; `fastsd.config.checked.Config` is one in which they go together."""
+
     condition: ConditionName = "critique"
     """What the self-teacher sees. all: run the three from one checkpoint and compare."""
     seed: int = 0
@@ -68,22 +64,3 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     per_condition: dict[str, dict[str, Any]] = {}
     """Overrides by condition, e.g. [per_condition.grpo.optim] lr = 2e-5."""
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> Config:
-        from fastsd.consistency import find_problems
-
-        problems = list(dict.fromkeys(find_problems(self)))
-        if problems:
-            text = "; ".join(f"{problem.dotted}: {problem.message}" for problem in problems)
-            raise PydanticCustomError("impossible", "{text}", {"text": text, "problems": problems})
-        return self
-
-
-def resolve_condition(config: Config, name: str) -> Config:
-    """The settings under which condition `name` runs: its overrides merged in, none left over.
-
-    Raises pydantic.ValidationError; `fastsd.cli.for_condition` is the same with located errors.
-    """
-    tree = config.model_dump(mode="json") | {"per_condition": {}, "condition": name}
-    return validate(Config, deep_merge(tree, config.per_condition.get(name, {})))

@@ -11,14 +11,15 @@ from __future__ import annotations
 import importlib
 import re
 import string
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from fastsd.config import Config, resolve_condition
-from fastsd.feedback import CONDITIONS, FeedbackMaker, conditions_of
-from fastsd.schema import Path, Problem, explain, section_of, unknown_key
+from fastsd.conditions import CONDITIONS, conditions_of
+from fastsd.config.schema import Path, Problem, explain, section_of, unknown_key
+from fastsd.config.tree import Settings
 from fastsd.tasks import TASKS
 
 REWARDS = ("task", "exact", "math")
@@ -39,26 +40,31 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _TEMPLATE_FIELD = re.compile(r"(?<![\\\w}])\{([A-Za-z_]\w*)\}")
 
 
-def find_problems(config: Config) -> list[Problem]:
-    """Impossible combinations, for each condition that will run and each that has overrides."""
+def find_problems(config: Settings, resolve: Callable[[Any, str], Settings]) -> list[Problem]:
+    """Impossible combinations, for each condition that will run and each that has overrides.
+
+    resolve: the settings under which a condition runs, checked in their turn.
+    """
     if config.condition != "all" and not config.per_condition:
         return [problem for check in _CHECKS for problem in check(config)]
     if problems := _override_problems(config):
         return problems
-    running = conditions_of(config)
+    running = conditions_of(config.condition)
     for name in CONDITIONS:
         if name not in running and name not in config.per_condition:
             continue
         try:
-            resolve_condition(config, name)
+            resolve(config, name)
         except ValidationError as error:
             # An idle condition may be impossible here; its overrides must still be well-formed.
             if name in running or error.errors()[0]["type"] != "impossible":
-                problems += [_place(problem, config, name) for problem in explain(error, Config)]
+                problems += [
+                    _place(problem, config, name) for problem in explain(error, type(config))
+                ]
     return problems
 
 
-def _override_problems(config: Config) -> list[Problem]:
+def _override_problems(config: Settings) -> list[Problem]:
     problems = []
     for name, overrides in config.per_condition.items():
         path = ("per_condition", name)
@@ -66,16 +72,16 @@ def _override_problems(config: Config) -> list[Problem]:
             found = f"unknown condition; there are: {_list(CONDITIONS)}"
             problems.append(Problem(path, found))
         for key in overrides:
-            field = Config.model_fields.get(key)
+            field = Settings.model_fields.get(key)
             if field is None:
-                problems.append(Problem((*path, key), unknown_key(Config, (key,))))
+                problems.append(Problem((*path, key), unknown_key(Settings, (key,))))
             elif section_of(field.annotation) is None:
                 found = "is not set by condition; only sections are, such as optim or loss"
                 problems.append(Problem((*path, key), found))
     return problems
 
 
-def _place(problem: Problem, config: Config, name: str) -> Problem:
+def _place(problem: Problem, config: Settings, name: str) -> Problem:
     """A problem of a resolved condition, at the override that caused it if there is one."""
     value: Any = config.per_condition.get(name, {})
     for part in problem.path:
@@ -85,7 +91,7 @@ def _place(problem: Problem, config: Config, name: str) -> Problem:
     return Problem(("per_condition", name, *problem.path), problem.message)
 
 
-def find_missing(config: Config) -> list[Problem]:
+def find_missing(config: Settings) -> list[Problem]:
     """What a run cannot start without: asked by the command line, not of every Config in a test."""
     problems = []
     if not config.model.name:
@@ -105,7 +111,7 @@ def _problem(dotted: str, message: str) -> Problem:
     return Problem(path, message)
 
 
-def _run_problems(config: Config) -> list[Problem]:
+def _run_problems(config: Settings) -> list[Problem]:
     problems = []
     fields = _format_fields(config.run)
     if fields is None or not fields <= {"condition", "time"}:
@@ -127,7 +133,7 @@ def _format_fields(template: str) -> set[str] | None:
         return None
 
 
-def _data_problems(config: Config) -> list[Problem]:
+def _data_problems(config: Settings) -> list[Problem]:
     data, problems = config.data, []
     if data.task is not None and data.task not in TASKS:
         problems.append(_problem("data.task", f'no task "{data.task}"; there are: {_list(TASKS)}'))
@@ -147,7 +153,7 @@ def _data_problems(config: Config) -> list[Problem]:
     return problems + _judge_problems(config)
 
 
-def _judge_problems(config: Config) -> list[Problem]:
+def _judge_problems(config: Settings) -> list[Problem]:
     """Rewards that need a task's own check."""
     problems, function = [], config.reward.function
     from_rows = config.data.train is not None and config.data.task is None
@@ -160,7 +166,7 @@ def _judge_problems(config: Config) -> list[Problem]:
     return problems
 
 
-def _critic_problems(config: Config) -> list[Problem]:
+def _critic_problems(config: Settings) -> list[Problem]:
     """What the critic of the condition lacks, or cannot be reached by."""
     critic, problems = config.critic, []
     if not CONDITIONS[config.condition].critic:
@@ -208,7 +214,7 @@ def _url_problem(url: str) -> str | None:
     return None
 
 
-def _engine_problems(config: Config) -> list[Problem]:
+def _engine_problems(config: Settings) -> list[Problem]:
     """Servers of the rollouts: there, well-formed, and used."""
     rollout = config.rollout
     if rollout.engine == "vllm" and not rollout.servers:
@@ -227,17 +233,17 @@ def _engine_problems(config: Config) -> list[Problem]:
     return problems
 
 
-def _staleness_problem(config: Config) -> str | None:
+def _staleness_problem(config: Settings) -> str | None:
     """Why this run cannot use responses from older weights."""
     if config.rollout.engine != "vllm":
         return 'only servers can hold older weights: set rollout.engine = "vllm", or leave it 0'
-    maker = FeedbackMaker(CONDITIONS[config.condition], None, config)
-    if maker.policy_weight > 0 and config.loss.clip is None:
+    _, policy = _weights(config)
+    if policy > 0 and config.loss.clip is None:
         return "without loss.clip responses of older weights are not reweighed: set it, or leave 0"
     return None
 
 
-def _prompt_problems(config: Config) -> list[Problem]:
+def _prompt_problems(config: Settings) -> list[Problem]:
     problems = []
     for name in ("reference_template", "critique_template", "sibling_template"):
         template = getattr(config.prompt, name)
@@ -254,7 +260,7 @@ def _prompt_problems(config: Config) -> list[Problem]:
     return problems
 
 
-def _loss_problems(config: Config) -> list[Problem]:
+def _loss_problems(config: Settings) -> list[Problem]:
     loss, problems = config.loss, []
     if loss.beta != 0.5 and loss.divergence != "jsd":
         hint = f'only "jsd" uses it, and loss.divergence is "{loss.divergence}"'
@@ -268,10 +274,14 @@ def _loss_problems(config: Config) -> list[Problem]:
     return problems + _weight_problems(config)
 
 
-def _weight_problems(config: Config) -> list[Problem]:
+def _weights(config: Settings) -> tuple[float, float]:
+    loss = config.loss
+    return CONDITIONS[config.condition].weights(loss.divergence_weight, loss.policy_weight)
+
+
+def _weight_problems(config: Settings) -> list[Problem]:
     loss, problems = config.loss, []
-    maker = FeedbackMaker(CONDITIONS[config.condition], None, config)
-    divergence, policy = maker.divergence_weight, maker.policy_weight
+    divergence, policy = _weights(config)
     for name, weight in (("divergence_weight", divergence), ("policy_weight", policy)):
         if weight < 0:
             found = f"found {weight}, must be >= 0: a negative weight trains away from the target"
@@ -288,7 +298,7 @@ def _weight_problems(config: Config) -> list[Problem]:
     return problems
 
 
-def _optim_problems(config: Config) -> list[Problem]:
+def _optim_problems(config: Settings) -> list[Problem]:
     optim, problems = config.optim, []
     if optim.warmup_steps > optim.steps:
         hint = f"found {optim.warmup_steps}, must be <= optim.steps = {optim.steps}"

@@ -13,19 +13,21 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path as FilePath
 from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fastsd.config import Config, resolve_condition
+from fastsd.config.checked import Config, resolve_condition
+from fastsd.config.consistency import find_missing
+from fastsd.config.flags import Arguments, help_text, parse_flags
+from fastsd.config.schema import Path, Problem, deep_merge, explain, validate
+from fastsd.config.toml_lines import key_lines
 from fastsd.errors import FastsdError
-from fastsd.flags import Arguments, help_text, parse_flags
-from fastsd.schema import Path, Problem, deep_merge, explain, validate
-from fastsd.toml_lines import key_lines
 
-PRESET = FilePath(__file__).parent / "tasks" / "chain_sum.toml"
+PRESET = FilePath(str(resources.files("fastsd.tasks") / "chain_sum.toml"))
 
 
 class ConfigError(FastsdError):
@@ -116,8 +118,6 @@ def _is_embedded(arguments: Arguments) -> bool:
 
 
 def _validated(merged: _Merged) -> Config:
-    from fastsd.consistency import find_missing
-
     try:
         config = validate(Config, merged.tree)
     except ValidationError as error:
