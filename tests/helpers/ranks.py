@@ -10,6 +10,7 @@ untested, and what it preloads does not see pytest's pythonpath.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import subprocess
@@ -49,6 +50,13 @@ class ForkServer:
             env={name: given[name] for name in given if name not in ONE_RANKS_OWN},
             start_new_session=True,
         )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Ends the server and, where some still run, its forks."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
     def run(self, request: Request) -> list[int | None]:
         """Exit codes as subprocess has them, once all have ended; None for what was killed."""
@@ -59,7 +67,7 @@ class ForkServer:
             return pickle.load(self.process.stdout)
         except BaseException:  # a test that is interrupted: the next must not read its answer
             _running.clear()
-            self.process.stdin.close()
+            self.close()
             raise
 
 
