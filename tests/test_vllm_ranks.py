@@ -69,6 +69,7 @@ def handed_over(server) -> list[str]:
 
 def test_two_ranks_train_as_one_process(servers, tmp_path):
     config = config_for(tmp_path, servers)
+    servers[0].given = servers[1].given = {}
     train(config, tmp_path / "one", Recorder("one"))
     assert [handed_over(server) for server in servers] == [["0", "2", "3"]] * 2
     for server in servers:

@@ -4,7 +4,8 @@ Two ways of computing differ by rounding, and where a draw hangs on that, one to
 runs part. So the first run of a name notes every token, by the version of the weights and the
 number in [0, 1) that it was drawn with, which belongs to one position of one response alone. Later
 runs draw as ever and compute every log-prob themselves; a token that turned is replaced, and must
-have been at the edge: another number within EDGE draws it.
+have been at the edge: a number within EDGE of the run's own draws it. From the whole vocabulary
+only: with top_k or top_p, rounding also moves tokens in and out of what is drawn from.
 """
 
 from __future__ import annotations
@@ -51,32 +52,30 @@ class Draws:
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, **options) -> tuple[Tensor, Tensor]:
         """In the place of sample_from_logits."""
-        kept_BV = None if self.noting else logits_BV.clone()
+        assert options["top_k"] == 0 and options["top_p"] == 1.0
         token_B, logprob_B = sample_from_logits(logits_BV, uniform_B, **options)
         tokens, numbers = self.tokens[self.version], uniform_B.tolist()
-        if kept_BV is None:
+        if self.noting:
             tokens.update(zip(numbers, token_B.tolist(), strict=True))
             return token_B, logprob_B
         given_B = torch.tensor([tokens[number] for number in numbers])
         turned_B = given_B != token_B
         if turned_B.any():
-            given = given_B[turned_B], kept_BV[turned_B], uniform_B[turned_B]
-            logprob_B[turned_B] = self._turned(*given, options)
+            # The logits were overwritten with those that were drawn from.
+            given = given_B[turned_B], logits_BV[turned_B], uniform_B[turned_B]
+            logprob_B[turned_B] = self._turned(*given)
         return given_B, logprob_B
 
-    def _turned(self, given_B: Tensor, logits_BV: Tensor, uniform_B: Tensor, options) -> Tensor:
+    def _turned(self, given_B: Tensor, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         """The log-probs of tokens that were not drawn."""
-        near = [
-            sample_from_logits(logits_BV.clone(), (uniform_B + by).clamp(0, 1 - EDGE**2), **options)
-            for by in (-EDGE, EDGE)
-        ]
-        found_B = sum(token_B == given_B for token_B, _ in near) > 0
-        assert found_B.all(), "a token that rounding does not explain"
         self.turned += len(given_B)
-        logprob_SB = torch.stack(
-            [torch.where(token_B == given_B, logprob_B, -torch.inf) for token_B, logprob_B in near]
-        )
-        return logprob_SB.amax(0)
+        logprob_BV = logits_BV.double().log_softmax(-1)
+        logprob_B = logprob_BV.gather(-1, given_B[:, None])[:, 0]
+        end_B = logprob_BV.exp().cumsum(-1).gather(-1, given_B[:, None])[:, 0]
+        begin_B = end_B - logprob_B.exp()
+        near_B = (begin_B - EDGE < uniform_B) & (uniform_B < end_B + EDGE)
+        assert near_B.all(), "a token that rounding does not explain"
+        return logprob_B.float()
 
 
 @contextlib.contextmanager
