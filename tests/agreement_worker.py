@@ -1,4 +1,4 @@
-"""One rank of test_agreement.py, which stands for a node: torchrun agreement_worker.py FOLDER.
+"""One rank of test_agreement.py, which stands for a node.
 
 Each rank works in FOLDER/node-RANK, so that the same relative path names its own model, data and
 run folder. What each case raised goes to FOLDER/RANK.json.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
-import torch
 import transformers
 from runs import small_config
 
@@ -19,10 +17,11 @@ from fastsd.errors import FastsdError
 from fastsd.recorder import Recorder
 from fastsd.runtime import agreement
 from fastsd.runtime.agreement import refuse_other_start
-from fastsd.runtime.world import open_world
+from fastsd.runtime.world import ALONE, open_world
 from fastsd.session import Session
 from fastsd.train import train
 
+world = ALONE
 ROWS = {"task": None, "train": "rows.jsonl", "eval": "rows.jsonl"}
 
 
@@ -70,6 +69,8 @@ def own_run_folders(resume: str) -> None:
 
 
 def main(folder: Path) -> None:
+    global world
+    world = open_world(60.0)
     os.chdir(folder / f"node-{world.rank}")
     cases = (other_settings, other_sections, other_packages, other_weights, other_questions)
     answers = {case.__name__: told(case) for case in cases}
@@ -80,9 +81,3 @@ def main(folder: Path) -> None:
     os.chdir(folder / f"node-{world.rank}")
     answers["resumed"] = told(lambda: own_run_folders("auto"))
     (folder / f"{world.rank}.json").write_text(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    world = open_world(60.0)
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""One rank of test_dry_run.py: torchrun dry_run_worker.py FOLDER.
+"""One rank of test_dry_run.py.
 
 Dry-runs each of CASES; what this rank printed and how many tokens it trained on in each of them go
 to FOLDER/RANK.json.
@@ -10,10 +10,7 @@ import contextlib
 import io
 import json
 import os
-import sys
 from pathlib import Path
-
-import torch
 
 from fastsd.config import load_config
 from fastsd.dry_run import dry_run
@@ -46,8 +43,3 @@ def main(folder: Path) -> None:
             dry_run(load_config(list(flags)))
         told[name]["text"] = text.getvalue()
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -65,6 +65,9 @@ class FakeVllm:
         self.at_once = self.most_at_once = 0
         self.faults: Fault = lambda path, body: None
         self.change: Callable[[dict], object] = lambda reply: reply
+        # Tokens by version of the weights, seed and position, where runs are compared: the first to
+        # ask draws, so that rounding in their weights turns none.
+        self.given: dict[tuple[str, int, int], int] | None = None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -169,6 +172,11 @@ class FakeVllm:
             sampled_NV = (logits_NV / body["temperature"]).log_softmax(-1)
             drawn = zip(sampled_NV.exp(), generators, strict=True)
             token_N = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in drawn])
+            if self.given is not None:
+                seeds = range(body["seed"], body["seed"] + n)
+                keys = [(self.version, seed, ids_NT.shape[1]) for seed in seeds]
+                given = zip(keys, token_N.tolist(), strict=True)
+                token_N = torch.tensor([self.given.setdefault(*each) for each in given])
             shown_NV = sampled_NV if self.processed else raw_NV
             for row, token in enumerate(token_N.tolist()):
                 logprobs[row].append(float(shown_NV[row, token]))

@@ -1,14 +1,13 @@
-"""One rank of test_plan_ranks.py: torchrun plan_ranks_worker.py FOLDER.
+"""One rank of test_plan_ranks.py.
 
-FOLDER/cases.json maps names to {config, lengths}. Each is one update of a sharded session on
-samples of just these lengths. FOLDER/RANK.json then has, by case, the bytes that the rank received
-from others by phase of the plan, and the bytes of its shards.
+A case is {config, lengths}: one update of a sharded session on samples of just these lengths.
+FOLDER/RANK.json then has, by case, the bytes that the rank received from others by phase of the
+plan, and the bytes of its shards.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -114,14 +113,8 @@ def shard_bytes(model: torch.nn.Module) -> int:
     return sum(local(p).nbytes for p in model.parameters())
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def main(folder: Path, cases: dict[str, dict]) -> None:
     world = open_world(60.0)
     received = Received(world.size)
-    cases = json.loads((folder / "cases.json").read_text())
     found = {name: run_case(case, folder / name, received) for name, case in cases.items()}
     (folder / f"{world.rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

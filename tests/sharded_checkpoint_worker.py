@@ -1,6 +1,6 @@
-"""One rank of test_sharded_checkpoint.py: torchrun sharded_checkpoint_worker.py FOLDER.
+"""One rank of test_sharded_checkpoint.py.
 
-Reads the checkpoints that FOLDER/reads.json names, writes others into FOLDER/N-..., N being the
+Reads the checkpoints that are named, writes others into FOLDER/N-..., N being the
 number of ranks, and notes in FOLDER/N-RANK.json what happened. Two ranks also try what fails.
 """
 
@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from fastsd import sharded_checkpoint
 from fastsd.checkpoint import load_latest, save_checkpoint
 from fastsd.errors import FastsdError
 from fastsd.runtime.shards import whole
-from fastsd.runtime.world import World, guarded, open_world
+from fastsd.runtime.world import ALONE, World, guarded, open_world
 
+world = ALONE
 STATE = {"cursor": 3}
 SPREAD = ("optimizer/master", "optimizer/exp_avg", "teacher/bf16", "one", "three", "flat")
 
@@ -103,7 +103,7 @@ def elsewhere(rank: int, folder: Path) -> list[str]:
 
 
 def one_dies(run_dir: Path) -> None:
-    """While it writes its shards; quietly, or torchrun would end the other."""
+    """While it writes its shards."""
     if world.rank == 1:
         sharded_checkpoint._settle = lambda path: os._exit(0)
     with guarded(lambda: " in phase 'save'"):
@@ -122,9 +122,10 @@ def failures(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def main(folder: Path) -> None:
-    read = json.loads((folder / "reads.json").read_text())
-    answers = {name: differing(folder / name) for name in read}
+def main(folder: Path, reads: list[str]) -> None:
+    global world
+    world = open_world(60.0)
+    answers = {name: differing(folder / name) for name in reads}
     for name in ("whole", "twice"):
         save(folder / f"{world.size}-{name}", 1)
     sharded_checkpoint._FILE_BYTES = 64
@@ -138,9 +139,3 @@ def main(folder: Path) -> None:
         answers["dead"] = told(lambda: one_dies(folder / "2-dead"))
         file.write_text(json.dumps(answers))
     os._exit(0)  # the connection is broken, as it should be
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    world = open_world(60.0)
-    main(Path(sys.argv[1]))

@@ -1,10 +1,9 @@
-"""One rank of test_sharded_run.py and test_world.py: torchrun sharded_run_worker.py WHAT FOLDER.
+"""Runs of one process or many that are compared: `run_cases`; and one rank of test_world.py.
 
-train    FOLDER/cases.json maps names to {config, resume: null or [run folder's name, step]}; each
-         is trained into FOLDER/NAME-RANKS, or continued there from a checkpoint of another run.
-         memory-RANK.json has the bytes of the rank's shards after the last update, and how much
-         of the head it had in the loss head; error-RANK.json what ended it.
-world    what World does where a rank fails; answers go to FOLDER/RANK.json.
+A case is a configuration and None or (run folder's name, step). It is trained into
+FOLDER/NAME-RANKS, or continued there from a checkpoint of another run; on the draws of the first
+run of its name (given_draws.py). memory-RANK.json has the bytes of the rank's shards after the last
+update, and how much of the head it had in the loss head; error-RANK.json what ended it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
+from given_draws import same_draws
+from ranks import run_ranks
 
 from fastsd import train as training
 from fastsd.checkpoint import checkpoints
@@ -26,7 +26,10 @@ from fastsd.errors import CriticUnavailable, FastsdError, Interrupted
 from fastsd.recorder import Recorder
 from fastsd.runtime.shards import local
 from fastsd.runtime.signals import SignalGate
-from fastsd.runtime.world import guarded, left_in_order, open_world
+from fastsd.runtime.world import ALONE, guarded, open_world
+
+Case = tuple[dict, tuple[str, int] | None]
+world = ALONE
 
 _update = training.update
 
@@ -69,30 +72,48 @@ def copy_cut(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def train_case(folder: Path, run_dir: Path, case: dict) -> None:
-    config = Config(**case["config"])
+def train_case(folder: Path, name: str, case: Case) -> None:
+    tree, resume = case
+    config = Config(**tree)
     world = open_world(config.parallel.timeout_s)
-    if case["resume"] is not None:
-        source, step = case["resume"]
+    run_dir = folder / f"{name}-{world.size}"
+    if resume is not None:
+        source, step = resume
+        name = source.rpartition("-")[0]
         world.lead(lambda: copy_cut(folder / source, run_dir, step))
         config = config.model_copy(update={"resume": "auto"})
     torch.manual_seed(0)
     try:
-        training.train(config, run_dir, Recorder(run_dir.name))
+        with same_draws(folder / f"{name}.draws", first=world.size == 1):
+            training.train(config, run_dir, Recorder(run_dir.name))
     except FastsdError as error:
         run_dir.mkdir(exist_ok=True)
         told = json.dumps({"kind": type(error).__name__, "text": str(error)})
         (run_dir / f"error-{world.rank}.json").write_text(told)
 
 
-def train_cases(folder: Path) -> None:
-    size = os.environ.get("WORLD_SIZE", "1")
+def train_cases(folder: Path, cases: dict[str, Case]) -> None:
     training.update = shard_bytes
     try:
-        for name, case in json.loads((folder / "cases.json").read_text()).items():
-            train_case(folder, folder / f"{name}-{size}", case)
+        for name, case in cases.items():
+            train_case(folder, name, case)
     finally:
         training.update = _update
+
+
+def run_cases(
+    folder: Path,
+    ranks: int,
+    trees: dict[str, dict],
+    resume: dict[str, tuple[str, int]] | None = None,
+    timeout_s: float = 240,
+) -> None:
+    """Runs all cases, in this process or by one launch of many ranks."""
+    cases = {name: (tree, (resume or {}).get(name)) for name, tree in trees.items()}
+    if ranks == 1:
+        train_cases(folder, cases)
+    else:
+        run_ranks(train_cases, folder, cases, ranks=ranks, timeout_s=timeout_s)
 
 
 def told(work) -> list[str]:
@@ -138,6 +159,9 @@ def hung() -> None:
 
 
 def world_cases(folder: Path) -> None:
+    """What World does where a rank fails; answers go to FOLDER/RANK.json."""
+    global world
+    world = open_world(2.0)
     answers = {
         "gather": told(lambda: world.gather(world.rank * 10)),
         "lead": told(lambda: world.lead(lambda: f"from {world.rank}")),
@@ -152,17 +176,9 @@ def world_cases(folder: Path) -> None:
         answers[case.__name__] = told(lambda gate=gate, case=case: _within(gate, case))
     answers["hung"] = told(hung)
     (folder / f"{world.rank}.json").write_text(json.dumps(answers))
-    sys.stdout.flush()
     os._exit(0)  # the connection is broken, as it should be
 
 
 def _within(gate: SignalGate, case) -> None:
     with gate:
         case(gate)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    world = open_world(2.0 if sys.argv[1] == "world" else 60.0)
-    with left_in_order():
-        {"train": train_cases, "world": world_cases}[sys.argv[1]](Path(sys.argv[2]))

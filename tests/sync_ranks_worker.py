@@ -1,11 +1,10 @@
-"""One rank of test_sync.py: torchrun sync_ranks_worker.py FOLDER.
+"""One rank of test_sync.py.
 
 Each case leaves FOLDER/CASE.json: names of which the tensors that would be sent differ from the
 Hugging Face folder's, and whether announced and sent tensors are the same.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -55,7 +54,6 @@ def check(case: str, place: Path) -> None:
         (place / f"{case}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(place: Path) -> None:
     for case in CASES:
-        check(case, Path(sys.argv[1]))
+        check(case, place)

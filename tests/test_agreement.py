@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import agreement_worker
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from torchrun import finished, torchrun
 
 import fastsd
 from fastsd.errors import FastsdError
@@ -16,7 +17,6 @@ from fastsd.runtime.agreement import refuse_differences
 from fastsd.runtime.world import ALONE, World, _refuse_other_devices, _take_gpu
 from fastsd.tasks import chain_sum
 
-WORKER = Path(__file__).parent / "agreement_worker.py"
 BASE = Path(chain_sum.__file__).parent / "chain_sum_base"
 
 
@@ -37,7 +37,7 @@ def nodes(tmp_path_factory):
     for rank in range(2):
         (folder / f"node-{rank}").mkdir()
         node(folder / f"node-{rank}", rank)
-    finished(torchrun(str(WORKER), str(folder)))
+    run_ranks(agreement_worker.main, folder)
     return folder
 
 

@@ -5,10 +5,11 @@ import json
 import re
 from pathlib import Path
 
+import dry_run_worker
 import pytest
 from dry_run_worker import CASES
+from ranks import run_ranks
 from tiny_models import build_tiny_qwen3
-from torchrun import finished, torchrun
 
 from fastsd.train import main
 
@@ -61,7 +62,7 @@ def test_the_papers_recipe_passes(condition, tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    finished(torchrun(str(Path(__file__).parent / "dry_run_worker.py"), str(folder)))
+    run_ranks(dry_run_worker.main, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -6,6 +6,7 @@ A stand-in `srun` starts what it is given once for each node with the variables 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -49,10 +50,17 @@ if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; fi
 """
 
 
+# Below those that a system gives away by itself; another process of these tests has others.
+PORTS = iter(range(20_000 + 100 * (os.getpid() % 100), 30_000))
+
+
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """One that nobody takes until the launcher does."""
+    for port in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def environment(**more: object) -> dict[str, str]:

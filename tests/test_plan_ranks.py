@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import plan_ranks_worker
 import pytest
 import torch
+from ranks import run_ranks
 from runs import LORA, small_config
 from tiny_models import build_tiny, build_tiny_llama
-from torchrun import finished, torchrun
 
 from fastsd.config import Config
 from fastsd.config.sections import LoraConfig, ModelConfig
@@ -23,7 +24,6 @@ from fastsd.plan_ranks import Site, make_site, over_ranks
 from fastsd.plan_rows import Lengths, Step
 from fastsd.plan_step import Asked, Plan, make_plan
 
-WORKER = Path(__file__).parent / "plan_ranks_worker.py"
 AT = {"question": 24, "feedback": 18, "response": 9, "samples": 4}
 LENGTHS = Lengths(**AT, longest_response=9)
 STEP = Step(LENGTHS, 2, "group", True, 16384, False, 256)
@@ -69,8 +69,7 @@ def counted(configs, tmp_path_factory) -> list[dict]:
         name: {"config": config.model_dump(mode="json"), "lengths": AT}
         for name, config in configs.items()
     }
-    (folder / "cases.json").write_text(json.dumps(found))
-    finished(torchrun(str(WORKER), str(folder)))
+    run_ranks(plan_ranks_worker.main, folder, found)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from given_draws import Draws
 from tiny_models import ARCHITECTURES, build_tiny
 
 import fastsd.model
@@ -52,6 +53,13 @@ def same(policy, found, wanted):
             assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-5)
         found, wanted = ([replace(r, logprobs=()) for r in x] for x in (found, wanted))
     assert found == wanted
+
+
+def drawn(sampler, given=None):
+    """Rollouts and their draws, which may be those of another implementation (given_draws.py)."""
+    draws = Draws(given and given.tokens)
+    with draws.installed():
+        return sampler.sample(PROMPTS, 5, key=(1, 2)), draws
 
 
 def watch_packs(policy, monkeypatch):
@@ -109,23 +117,23 @@ def test_a_draw_is_its_own(policy):
 @pytest.mark.parametrize("rows", [5, 12, 64])
 def test_steps_of_all_slots_draw_the_same(policy, monkeypatch, impl, rows):
     """As on a GPU, where a step is one graph: slots that nobody needs are fed all the same."""
-    together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
+    together, draws = drawn(sampler(policy))
     monkeypatch.setattr(
         fastsd.rollout, "Decoding", lambda *args, fixed: Decoding(*args, fixed=True)
     )
     monkeypatch.setattr(fastsd.model, "PrefixDecodeCache", partial(PrefixDecodeCache, impl=impl))
-    found = sampler(policy, batch_rows=rows).sample(PROMPTS, 5, key=(1, 2))
+    found, _ = drawn(sampler(policy, batch_rows=rows), draws)
     for mine, theirs in zip(found, together, strict=True):
         assert mine.response_ids == theirs.response_ids
         assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-5)
 
 
 def test_without_the_library(policy, monkeypatch):
-    together = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
+    together, draws = drawn(sampler(policy))
     assert packed_layers_name(policy) == "native"
     monkeypatch.setattr(native_library, "missing", lambda instead="": "not built")
     assert packed_layers_name(policy) == "torch"
-    found = sampler(policy).sample(PROMPTS, 5, key=(1, 2))
+    found, _ = drawn(sampler(policy), draws)
     for mine, theirs in zip(found, together, strict=True):
         assert mine.response_ids == theirs.response_ids
         assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-5)

@@ -5,18 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sharded_checkpoint_worker
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from sharded_checkpoint_worker import save, tensors_of
-from torchrun import finished, torchrun
 
 from fastsd.checkpoint import load_latest
 from fastsd.errors import CheckpointError
 from fastsd.manifest import verify
 from fastsd.runtime.world import ALONE
 from fastsd.sharded_checkpoint import SavedTensors, copy_into, write_tensors
-
-WORKER = Path(__file__).parent / "sharded_checkpoint_worker.py"
 
 
 def assert_same(saved: SavedTensors, want: dict[str, torch.Tensor]) -> None:
@@ -34,8 +33,7 @@ def folder(tmp_path_factory):
     save(folder / "1-whole", 1, ranks=ALONE)
     save(folder / "1-again", 1, ranks=ALONE)
     for ranks, reads in ((4, ["1-whole"]), (2, ["1-whole", "4-whole", "4-files"])):
-        (folder / "reads.json").write_text(json.dumps(reads))
-        finished(torchrun(str(WORKER), str(folder), ranks=ranks))
+        run_ranks(sharded_checkpoint_worker.main, folder, reads, ranks=ranks)
     return folder
 
 

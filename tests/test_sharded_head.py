@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from runs import small_config
+from runs import losses, small_config
 from safetensors.torch import load_file
-from test_sharded_run import WORKER, launch_cases, losses, newest, settings
-from torchrun import finished, torchrun
+from sharded_run_worker import run_cases
+from test_sharded_run import newest, settings
 
 from fastsd.errors import FastsdError
 from fastsd.sharded_head import LONGEST_ROWS, Head, head_layout
@@ -97,8 +97,7 @@ def test_gradients_are_reduced_in_the_type_that_is_asked_for(tmp_path):
         )
         for name in ("float32", "model")
     }
-    launch_cases(tmp_path, trees)
-    finished(torchrun(str(WORKER), "train", str(tmp_path)))
+    run_cases(tmp_path, 2, trees)
     wide, narrow = (tmp_path / f"{name}-2" for name in trees)
     assert losses(wide)[0] == losses(narrow)[0]
     ours, theirs = (load_file(newest(run) / "model.safetensors") for run in (wide, narrow))

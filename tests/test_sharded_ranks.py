@@ -12,14 +12,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from runs import LORA, losses, small_config
-from sharded_run_worker import train_cases
+from sharded_run_worker import run_cases
 from tiny_models import build_tiny
-from torchrun import finished, torchrun
 
 from fastsd.checkpoint import checkpoints, load_latest
 from fastsd.tasks.chain_sum import ChainSum
 
-WORKER = Path(__file__).parent / "sharded_run_worker.py"
 STEPS = 6
 HALF = 3
 RESUMED = "uneven"
@@ -111,23 +109,12 @@ def forget_the_first_rank(written: Path, file: Path, ranks: int) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def run(folder: Path, ranks: int, trees: dict[str, dict], resume: dict | None = None) -> None:
-    given = {
-        name: {"config": tree, "resume": (resume or {}).get(name)} for name, tree in trees.items()
-    }
-    (folder / "cases.json").write_text(json.dumps(given))
-    if ranks == 1:
-        train_cases(folder)
-    else:
-        finished(torchrun(str(WORKER), "train", str(folder), ranks=ranks), 240)
-
-
 def in_one_process(folder: Path, ranks: int) -> dict[str, dict]:
     """The cases for so many ranks, run by this process."""
     trees = cases(folder, ranks)
-    run(folder, 1, {"written": trees.pop("written")})
+    run_cases(folder, 1, {"written": trees.pop("written")})
     forget_the_first_rank(folder / "written-1", folder / f"critiques-{ranks}.jsonl", ranks)
-    run(folder, 1, trees)
+    run_cases(folder, 1, trees)
     return trees
 
 
@@ -149,16 +136,16 @@ def three(tmp_path_factory):
     folder = inputs(tmp_path_factory.mktemp("three"))
     trees = in_one_process(folder, 3)
     resumed = {f"{RESUMED}-resumed": trees[RESUMED]}
-    run(folder, 2, {name: trees[name] for name in (RESUMED, "experts")})
-    run(folder, 3, trees | resumed, {f"{RESUMED}-resumed": [f"{RESUMED}-2", HALF]})
-    run(folder, 2, resumed, {f"{RESUMED}-resumed": [f"{RESUMED}-3", HALF]})
+    run_cases(folder, 2, {name: trees[name] for name in (RESUMED, "experts")})
+    run_cases(folder, 3, trees | resumed, {f"{RESUMED}-resumed": (f"{RESUMED}-2", HALF)})
+    run_cases(folder, 2, resumed, {f"{RESUMED}-resumed": (f"{RESUMED}-3", HALF)})
     return folder
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = inputs(tmp_path_factory.mktemp("four"))
-    run(folder, 4, in_one_process(folder, 4))
+    run_cases(folder, 4, in_one_process(folder, 4))
     return folder
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from runs import LORA, losses, run_small, small_config
-from sharded_run_worker import train_cases
+from sharded_run_worker import run_cases
 from tiny_models import build_tiny
-from torchrun import finished, torchrun
 
 from fastsd.checkpoint import checkpoints
 from fastsd.config import Config
@@ -19,7 +18,6 @@ from fastsd.errors import CheckpointError
 from fastsd.runtime.world import World
 from fastsd.session import Session
 
-WORKER = Path(__file__).parent / "sharded_run_worker.py"
 STEPS = 2
 
 
@@ -59,15 +57,6 @@ def model(folder: Path, architecture: str = "llama", **changes) -> Path:
     return build_tiny(architecture, folder, **changes)
 
 
-def run(folder: Path, ranks: int, cases: dict[str, tuple[dict, list | None]]) -> None:
-    given = {name: {"config": tree, "resume": resume} for name, (tree, resume) in cases.items()}
-    (folder / "cases.json").write_text(json.dumps(given))
-    if ranks == 1:
-        train_cases(folder)
-    else:
-        finished(torchrun(str(WORKER), "train", str(folder), ranks=ranks), 240)
-
-
 def damage(checkpoint: Path) -> None:
     [weights] = checkpoint.glob("model*.safetensors")
     content = bytearray(weights.read_bytes())
@@ -84,17 +73,18 @@ def folder(tmp_path_factory):
         for name, (own, _, _) in OTHER_MODELS.items()
     }
     trees |= {name: settings(plain) for name in ("damaged", "all damaged", "settings")}
-    run(folder, 1, {name: (tree, None) for name, tree in trees.items()})
+    run_cases(folder, 1, trees)
     for name, (_, other, _) in OTHER_MODELS.items():
         model(folder / name, **other)
     damage(folder / "damaged-1" / f"checkpoint-{STEPS}")
     for _, checkpoint in checkpoints(folder / "all damaged-1"):
         damage(checkpoint)
     trees["settings"] = settings(plain, optim={"lr": 1.0})
-    cases = {f"{name} again": (tree, [f"{name}-1", STEPS]) for name, tree in trees.items()}
-    cases |= {name: (settings(folder / "untied", model=own), None) for name, own in FRESH.items()}
+    resume = {f"{name} again": (f"{name}-1", STEPS) for name in trees}
+    cases = {f"{name} again": tree for name, tree in trees.items()}
+    cases |= {name: settings(folder / "untied", model=own) for name, own in FRESH.items()}
     for ranks in (1, 2):
-        run(folder, ranks, cases)
+        run_cases(folder, ranks, cases, resume)
     return folder
 
 

@@ -1,7 +1,7 @@
 """A run of two ranks is the run of one: losses, weights, metrics, checkpoints, and half the memory.
 
-Every case is trained in this process and by two gloo ranks (sharded_run_worker.py); two are then
-continued at the other number of ranks.
+Every case is trained in this process and by two gloo ranks (sharded_run_worker.py), on the same
+tokens (given_draws.py); two are then continued at the other number of ranks.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import LORA, final_state, losses, small_config
 from safetensors.torch import load_file
-from sharded_run_worker import train_cases
+from sharded_run_worker import run_cases
 from tiny_models import build_tiny
 from torchrun import finished, torchrun
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from fastsd.checkpoint import checkpoints
 from fastsd.sharded_checkpoint import SavedTensors
 
-WORKER = Path(__file__).parent / "sharded_run_worker.py"
 STEPS = 10
 # Between two batches of rollouts, and within one: the buffer is part of what is carried over.
 RESUMED = {"reference-ema": 5, "critique-hybrid": 5}
@@ -95,26 +94,16 @@ def cases(untied: Path) -> dict[str, dict]:
     }
 
 
-def launch_cases(folder: Path, trees: dict[str, dict], resume: dict | None = None) -> None:
-    given = {
-        name: {"config": tree, "resume": (resume or {}).get(name)} for name, tree in trees.items()
-    }
-    (folder / "cases.json").write_text(json.dumps(given))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     trees = cases(build_tiny("qwen3", folder / "untied"))
-    launch_cases(folder, trees)
-    train_cases(folder)
+    run_cases(folder, 1, trees)
     resumed = {f"{name}-resumed": trees[name] for name in RESUMED}
-    from_one = {f"{name}-resumed": [f"{name}-1", step] for name, step in RESUMED.items()}
-    launch_cases(folder, trees | resumed, from_one)
-    finished(torchrun(str(WORKER), "train", str(folder)), 240)
-    from_two = {f"{name}-resumed": [f"{name}-2", step] for name, step in RESUMED.items()}
-    launch_cases(folder, resumed, from_two)
-    train_cases(folder)
+    from_one = {f"{name}-resumed": (f"{name}-1", step) for name, step in RESUMED.items()}
+    run_cases(folder, 2, trees | resumed, from_one)
+    from_two = {f"{name}-resumed": (f"{name}-2", step) for name, step in RESUMED.items()}
+    run_cases(folder, 1, resumed, from_two)
     return folder
 
 
@@ -232,8 +221,7 @@ def test_checkpoints_are_plain_hugging_face_folders(folder):
 
 
 def refusal(tmp_path: Path, tree: dict) -> dict:
-    launch_cases(tmp_path, {"case": tree})
-    finished(torchrun(str(WORKER), "train", str(tmp_path)))
+    run_cases(tmp_path, 2, {"case": tree})
     [first, second] = [
         json.loads((tmp_path / "case-2" / f"error-{rank}.json").read_text()) for rank in range(2)
     ]
@@ -287,7 +275,7 @@ def test_sigterm_saves_one_checkpoint_and_ends_all_ranks(tmp_path, to_all):
     ranks = wait_for_step(tmp_path / "run", 3, process)
     for rank in ranks if to_all else ranks[1:]:
         os.kill(rank, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert output.count("SIGTERM after update") == 1 and output.count("exitcode  : 143") == 2
     assert len(checkpoints(tmp_path / "run" / "critique-seed0")) == 1
 
@@ -313,11 +301,11 @@ def test_a_hung_rank_ends_the_job_and_leaves_the_checkpoint(tmp_path, hung):
     process = torchrun(*command(tmp_path / "run", "--parallel.timeout-s", "5"))
     ranks = wait_for_step(tmp_path / "run", 3, process)
     os.kill(ranks[hung], signal.SIGSTOP)
-    stopped = time.monotonic()
+    deadline = time.monotonic() + 120  # only ends a hang
     while ranks[1 - hung] in ranks_of(process):
-        assert time.monotonic() - stopped < 20, "the other rank waits on"
+        assert time.monotonic() < deadline, "the other rank waits on"
         time.sleep(0.1)
-    output, _ = process.communicate(timeout=60)  # torchrun gives a rank 30 s before SIGKILL
+    output, _ = process.communicate(timeout=240)  # torchrun gives a rank 30 s before SIGKILL
     assert process.returncode == 1
     assert f"rank {1 - hung} of 2: another rank did not answer in phase" in output
     assert checkpoints(tmp_path / "run" / "critique-seed0")

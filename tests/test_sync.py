@@ -1,13 +1,13 @@
 """Weights as other processes take them: what is sent is the policy's Hugging Face folder."""
 
 import json
-from pathlib import Path
 
 import pytest
+import sync_ranks_worker
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, build_tiny, load_tiny
-from torchrun import finished, torchrun
 
 from fastsd.sync import PolicyWeights, names_of_head, write_weights
 
@@ -42,7 +42,6 @@ def test_what_is_sent_is_the_hugging_face_folder(tmp_path, name, options, dtype)
 
 def test_two_ranks_send_what_one_saves(tmp_path):
     """Spread weights: tied, untied with a sharded head, adapters; the first rank sends alone."""
-    worker = Path(__file__).parent / "sync_ranks_worker.py"
-    finished(torchrun(str(worker), str(tmp_path)))
+    run_ranks(sync_ranks_worker.main, tmp_path)
     for case in ("tied", "untied", "lora"):
         assert json.loads((tmp_path / f"{case}.json").read_text()) == {"differ": [], "same": True}

@@ -2,11 +2,12 @@
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
+import vllm_ranks_worker
 from fake_vllm import LETTERS, FakeVllm
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_models import build_tiny_llama
 from torchrun import finished, torchrun
@@ -20,7 +21,6 @@ from fastsd.recorder import Recorder
 from fastsd.run_folder import read_evaluations, read_metrics
 from fastsd.train import train
 
-WORKER = Path(__file__).parent / "vllm_ranks_worker.py"
 STEPS = 3
 
 
@@ -59,9 +59,7 @@ def config_for(tmp_path, servers) -> Config:
 
 def run_two(config, run_dir) -> None:
     run_dir.mkdir()
-    tree = run_dir.with_suffix(".json")
-    tree.write_text(config.model_dump_json())
-    finished(torchrun(str(WORKER), str(tree), str(run_dir)))
+    run_ranks(vllm_ranks_worker.main, config, run_dir)
 
 
 def handed_over(server) -> list[str]:
@@ -70,6 +68,7 @@ def handed_over(server) -> list[str]:
 
 def test_two_ranks_train_as_one_process(servers, tmp_path):
     config = config_for(tmp_path, servers)
+    servers[0].given = servers[1].given = {}
     train(config, tmp_path / "one", Recorder("one"))
     assert [handed_over(server) for server in servers] == [["0", "2", "3"]] * 2
     for server in servers:

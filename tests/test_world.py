@@ -5,11 +5,11 @@ import contextlib
 import json
 import runpy
 import signal
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torchrun import finished, torchrun
+from ranks import run_ranks
+from sharded_run_worker import world_cases
 
 from fastsd.config import load_config
 from fastsd.errors import FastsdError, Interrupted, RankLost
@@ -18,13 +18,11 @@ from fastsd.runtime.program import run_main
 from fastsd.runtime.signals import SignalGate
 from fastsd.runtime.world import ALONE, World, guarded, open_world
 
-WORKER = Path(__file__).parent / "sharded_run_worker.py"
-
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    finished(torchrun(str(WORKER), "world", str(folder)))
+    run_ranks(world_cases, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,9 +1,8 @@
-"""Starts test programs under torchrun, on CPUs."""
+"""Starts programs under torchrun, on CPUs: for tests of launching itself; others: ranks.py."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,9 @@ ENVIRONMENT = {
 
 def torchrun(*program: str, ranks: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen:
     """`program`: a script or "-m", "--", module, then its arguments. stdout has all output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
-    launcher += ["--nproc-per-node", str(ranks), "--master-port", str(port), *options]
+    # A store on a port of the system's choice, which stays open: no other test can take it.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks), *options]
     return subprocess.Popen(
         [*launcher, *program],
         stdout=subprocess.PIPE,

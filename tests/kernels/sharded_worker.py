@@ -1,4 +1,4 @@
-"""One rank of test_loss_head_sharded.py: python sharded_worker.py RANK RANKS FOLDER.
+"""One rank of test_loss_head_sharded.py.
 
 FOLDER/cases.pt has a list of cases for groups of the first 2, 3, .. ranks; what this rank found
 goes to FOLDER/RANK.pt. A case is a dict: inputs (tensors of the whole vocabulary), options, sizes
@@ -9,9 +9,7 @@ call is saved as its error and the next case follows, which would hang with rank
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -70,13 +68,9 @@ def run(case: dict, rank: int, group: dist.ProcessGroup) -> dict:
     return {"found": found, "work": {"flop": meter.product_flop, **SENT}}
 
 
-def main() -> None:
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=100),
-    )  # fmt: skip
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for name in SENT:
         count(name)
     found = {}
@@ -86,7 +80,3 @@ def main() -> None:
             found[members] = [run(case, rank, group) for case in cases]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

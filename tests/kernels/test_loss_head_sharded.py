@@ -1,19 +1,16 @@
 """The vocabulary-sharded loss head on 2 and 3 gloo ranks against a single rank.
 
-All cases run in one spawn of three processes (sharded_worker.py), two of which are the smaller
+All cases run in one launch of three ranks (sharded_worker.py), two of which are the smaller
 group. Shards are uneven: one of three ranks holds a single entry.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from sharded_cases import (
     CHUNK_ROWS,
     METERED,
@@ -38,9 +35,8 @@ from fastsd_kernels.testing import (
     FP32_ERROR_AT_SCALE_8,
     relative_error,
 )
+from tests.kernels import sharded_worker
 
-ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("sharded_worker.py")
 LEAVES = ("student_TD", "head_VD", "bias_V")
 GRADIENTS = ("d student_TD", "d head_VD", "d bias_V")
 CHUNKS = -(-T // CHUNK_ROWS)
@@ -53,17 +49,7 @@ def spawned(tmp_path_factory) -> dict[int, dict[str, list[dict]]]:
     """For 2 and 3 ranks: what each rank found, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save({n: list(every_case(n).values()) for n in SIZES}, folder / "cases.pt")
-    commands = [[sys.executable, str(WORKER), str(n), "3", str(folder)] for n in range(3)]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
-    processes = [subprocess.Popen(c, env=environment, **output) for c in commands]
-    try:
-        # One that fails leaves the others waiting for it: its own words count.
-        outputs = [process.communicate(timeout=200)[0].decode() for process in processes]
-        assert not any(process.returncode for process in processes), "\n".join(outputs)
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(sharded_worker.main, folder, ranks=3)
     by_rank = [torch.load(folder / f"{rank}.pt") for rank in range(3)]
     found = {}
     for ranks in SIZES:
