@@ -1,4 +1,4 @@
-"""The kernels of `triton_tile.py`: the two-stream tile, and the merge of its vocabulary splits.
+"""The kernels of `tile.py`: the two-stream tile, and the merge of its vocabulary splits.
 
 Running sums of a row over columns seen so far, rescaled when its maximum grows:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import LOWEST, tanh
+from .elementary import LOWEST, tanh
 
 
 @triton.jit

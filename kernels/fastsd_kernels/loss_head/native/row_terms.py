@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..native_library import COLUMNS
-from .contract import Inputs, Options, RowStatistics
-from .rows import bucket_divergence, policy_terms
+from ...native_library import COLUMNS
+from ..contract import Inputs, Options, RowStatistics
+from ..rows import bucket_divergence, policy_terms
 
 
 @dataclass(frozen=True)

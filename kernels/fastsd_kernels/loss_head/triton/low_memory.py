@@ -16,11 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .contract import Inputs, Options
+from ..contract import Inputs, Options
+from .finish import finish_rows
+from .row_kernels import COEFFICIENTS
+from .scratch import row_gradients
 from .stacked_products import StackedProducts, multiply
-from .triton_finish import finish_rows
-from .triton_row_kernels import COEFFICIENTS
-from .triton_rows import row_gradients
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

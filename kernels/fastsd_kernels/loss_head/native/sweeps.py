@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native_library as lib
-from .contract import Evaluation, Inputs, Options, RowStatistics
-from .native_rows import RowTerms, row_terms
+from ... import native_library as lib
+from ..contract import Evaluation, Inputs, Options, RowStatistics
+from .row_terms import RowTerms, row_terms
 
 SCRATCH_BYTES = 240_000_000
 # Below so many rows a chunk, packing the head again for each costs more than computing again.

@@ -1,7 +1,7 @@
 """From a row's nine sums to its statistics, its loss and the coefficients of its gradient.
 
-One kernel finishes the sums of both plans: the scratch's row kernel (triton_rows.py) and the tile
-that keeps no logits (triton_tile.py). KL(S||T) = U_s/S_s + (shift - (LSE_s - LSE_t)), where U sums
+One kernel finishes the sums of both plans: the scratch's row kernel (scratch.py) and the tile
+that keeps no logits (tile.py). KL(S||T) = U_s/S_s + (shift - (LSE_s - LSE_t)), where U sums
 d - shift and the difference of normalisers is formed as one (`log_ratio`), so that equal streams
 give exactly 0 and close ones lose little. Policy terms are those of rows.policy_terms.
 Shape suffixes: T rows, 9 the sums, E entry sums, C coefficients, R results.
@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import LOG_RATIO_LIMIT, Inputs, Options
-from .triton_configs import AotCase, Capability
-from .triton_math import log_ratio
-from .triton_row_kernels import COEFFICIENTS
-from .triton_rows import launch
+from ..contract import LOG_RATIO_LIMIT, Inputs, Options
+from .configs import AotCase, Capability
+from .elementary import log_ratio
+from .row_kernels import COEFFICIENTS
+from .scratch import launch
 
 # Rows of results_RT; the last two count, in floats.
 RESULTS = (
@@ -51,7 +51,7 @@ def finish_rows(
         sums_T9: [T, 9] of `row_sums`.
         inputs: the rows' inputs, of which the weights are read.
         results_RT: [7, T] fp32, its rows as in RESULTS; those that do not apply are 0.
-        shift_T: what U subtracted; None: z_s[y] - z_t[y], as triton_rows.row_sums does.
+        shift_T: what U subtracted; None: z_s[y] - z_t[y], as scratch.row_sums does.
         entries_TE: [T, 5] fp32 value, centre, count of held entries, and the tail's m and slope:
             the divergence where the nine sums do not give it (jsd, entry_clip, top_k).
         coefficients_TC: [T, 13] fp32 for `row_gradients`.

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Inputs
-from .triton_rows import Scratch
+from ..contract import Inputs
+from .scratch import Scratch
 
 _ALIGNED = 64
 

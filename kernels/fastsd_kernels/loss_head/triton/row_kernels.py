@@ -19,7 +19,7 @@ student's z is
     jsd         k = -beta p_t (gap + r) - (1-beta) p_s r    sum of p_s r, r = 0 where held
                 G = -(1-beta) p_s (r - centre)
     top_k       the tail's members: e^(z - m_rest) / S_rest of their bucket's gradient; the k
-                entries are written afterwards (triton_top_k.py)
+                entries are written afterwards (top_k.py)
 
 Everything is a multiple of the gap or of p_s - p_t: equal streams give exactly 0. That needs
 products not to be contracted with sums, so kernels are compiled with enable_fp_fusion=False:
@@ -36,10 +36,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import LOWEST, expm1, log1p, log_ratio, scaled
+from .elementary import LOWEST, expm1, log1p, log_ratio, scaled
 
 # Columns of coefficients_TC: m_s, 1/S_s, log S_s, m_t, 1/S_t, LSE_s - LSE_t, w_div, centre, pull,
-# w_ent, H, and for top_k m_rest and the tail's slope. triton_finish.py writes those in use.
+# w_ent, H, and for top_k m_rest and the tail's slope. finish.py writes those in use.
 COEFFICIENTS = tl.constexpr(13)
 # Beyond this gap one probability is under e^-80 of the other: its terms vanish.
 _LARGEST_GAP = tl.constexpr(80.0)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import Inputs, Options
-from .rows import Divergence, bucket_divergence
-from .triton_rows import Scratch, logit_factors, row_sums
+from ..contract import Inputs, Options
+from ..rows import Divergence, bucket_divergence
+from .scratch import Scratch, logit_factors, row_sums
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .contract import Options
-from .triton_configs import SPLIT_COLUMNS, AotCase, Capability, TileConfig, tile_config
-from .triton_rows import launch, logit_factors
-from .triton_tile_kernels import merge_kernel, row_sums_kernel
+from ..contract import Options
+from .configs import SPLIT_COLUMNS, AotCase, Capability, TileConfig, tile_config
+from .scratch import launch, logit_factors
+from .tile_kernels import merge_kernel, row_sums_kernel
 
 # Row blocks that walk the splits together: their hidden states stay in L2, a head tile serves all.
 _GROUP = 8

@@ -1,15 +1,15 @@
 """Plan A on a GPU (impl="triton"): token chunk x full vocabulary, gradient formed in the forward.
 
     GEMM    [h_s; h_t] W^T -> fp32 scratch       stacked_products.py
-    kernel  the nine sums of each row            triton_rows.py; jsd, entry_clip: one read more
-    kernel  statistics, loss, coefficients       triton_finish.py
-    kernel  dloss / dlogits (bf16 for bf16)      triton_rows.py
+    kernel  the nine sums of each row            scratch.py; jsd, entry_clip: one read more
+    kernel  statistics, loss, coefficients       finish.py
+    kernel  dloss / dlogits (bf16 for bf16)      scratch.py
     GEMMs   d h = g W,  d W += g^T h             stacked_products.py
 
 Four GEMMs per row of both streams (three with a frozen head, two without gradient), no [T, V]
 tensor, and `bytes_per_logit` of memory traffic. Chunks are of equal size, from T and a budget of
 scratch and never from V / D, so each is a large GEMM. Statistics that need no logits twice come
-from plan B's tile (triton_tile.py) in O(T) memory.
+from plan B's tile (tile.py) in O(T) memory.
 
 Nothing here waits for the device. Row kernels give a row the same bits whatever the other rows
 are; the GEMM library may choose another kernel for another number of rows.
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .contract import Evaluation, Inputs, Options, RowStatistics
+from ..contract import Evaluation, Inputs, Options, RowStatistics
 
 # Modules with kernels import triton and are imported when first run.
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def bytes_per_logit(inputs: Inputs, options: Options, wanted: tuple[bool, bool, 
 
 
 def _run(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) -> Evaluation:
+    from .finish import RESULTS
     from .stacked_products import StackedProducts, scratch_bytes_per_row
-    from .triton_finish import RESULTS
 
     rows, device = inputs.student_TD.shape[0], inputs.student_TD.device
     chunk = _rows_per_chunk(rows, scratch_bytes_per_row(inputs, any(wanted)), device)
@@ -112,10 +112,10 @@ def _run_chunk(
     stop: int,
 ) -> None:
     """Results and gradients of rows start to stop, which `rows` holds."""
-    from .triton_finish import finish_rows
-    from .triton_row_kernels import COEFFICIENTS
-    from .triton_rows import entry_sums, row_gradients, row_sums
-    from .triton_top_k import top_k, write_gradient
+    from .finish import finish_rows
+    from .row_kernels import COEFFICIENTS
+    from .scratch import entry_sums, row_gradients, row_sums
+    from .top_k import top_k, write_gradient
 
     scratch = products.project(start, stop)
     selects = rows.teacher_TD is not None and options.top_k is not None
@@ -146,7 +146,7 @@ def _run_chunk(
 
 
 def _tile_statistics(inputs: Inputs, options: Options) -> RowStatistics:
-    from .triton_finish import finish_rows
+    from .finish import finish_rows
 
     sums_T9, shift_T, results_RT = _tile_sums(inputs, options)
     finish_rows(sums_T9, inputs, options, results_RT, shift_T=shift_T)
@@ -154,7 +154,7 @@ def _tile_statistics(inputs: Inputs, options: Options) -> RowStatistics:
 
 
 def _run_in_slices(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) -> Evaluation:
-    from .fused_low_memory import sliced_gradients
+    from .low_memory import sliced_gradients
 
     sums_T9, shift_T, results_RT = _tile_sums(inputs, options)
     each = 12 * inputs.student_TD.shape[0]  # two fp32 logits and, at most, an fp32 gradient
@@ -175,8 +175,8 @@ def _short_of_memory(inputs: Inputs) -> bool:
 
 def _tile_sums(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None, Tensor]:
     """The tile's row sums, the shift they are relative to, and room for the results."""
-    from .triton_finish import RESULTS
-    from .triton_tile import row_sums
+    from .finish import RESULTS
+    from .tile import row_sums
 
     shift_T = None if inputs.teacher_TD is None else _shift(inputs, options)
     sums_T9 = row_sums(
@@ -192,7 +192,7 @@ def _tile_sums(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None,
 
 def _shift(inputs: Inputs, options: Options) -> Tensor:
     """About z_s - z_t of each row: that of its target; exactly 0 for equal streams."""
-    from .triton_rows import target_logits
+    from .scratch import target_logits
 
     teacher_head_VD = inputs.head_VD if inputs.teacher_head_VD is None else inputs.teacher_head_VD
     assert inputs.teacher_TD is not None
@@ -210,7 +210,7 @@ def _evaluation(
     options: Options,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Evaluation:
-    from .triton_finish import RESULTS
+    from .finish import RESULTS
 
     found = dict(zip(RESULTS, results_RT, strict=True))
     loss = found.pop("loss_T").sum()

@@ -1,6 +1,6 @@
 """The row kernels of plan A launched on the logits scratch, one program per row.
 
-What they compute is in triton_row_kernels.py. Configurations come from a table, not from the
+What they compute is in row_kernels.py. Configurations come from a table, not from the
 number of rows. Grids have one axis, which reaches 2^31 rows.
 Shape suffixes: T rows, V vocabulary, 9 row sums, E entry sums, C coefficients.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Inputs, Options
-from .triton_configs import AotCase, Capability, row_config
-from .triton_row_kernels import (
+from ..contract import Inputs, Options
+from .configs import AotCase, Capability, row_config
+from .row_kernels import (
     entry_sums_kernel,
     gradient_kernel,
     row_sums_kernel,
