@@ -20,6 +20,18 @@ from .configs import AotCase, Capability
 from .elementary import log_ratio
 from .row_kernels import COEFFICIENTS
 from .scratch import launch
+from .sums import (
+    STUDENT_ENERGY,
+    STUDENT_GAP,
+    STUDENT_MASS,
+    STUDENT_MOST,
+    STUDENT_TARGET,
+    SUMS,
+    TEACHER_GAP,
+    TEACHER_MASS,
+    TEACHER_MOST,
+    TEACHER_TARGET,
+)
 
 # Rows of results_RT; the last two count, in floats.
 RESULTS = (
@@ -107,10 +119,10 @@ def _divergence(
         centre = tl.load(entries + 1, inside, 0.0)
         count = tl.load(entries + 2, inside, 0.0)
     elif DIVERGENCE == "forward_kl":
-        s_t = tl.load(sums + 5, inside, 1.0)
-        value = (offset - shift) - tl.load(sums + 6, inside, 0.0) / s_t
+        s_t = tl.load(sums + TEACHER_MASS, inside, 1.0)
+        value = (offset - shift) - tl.load(sums + TEACHER_GAP, inside, 0.0) / s_t
     else:
-        value = (shift - offset) + tl.load(sums + 2, inside, 0.0) / s_s
+        value = (shift - offset) + tl.load(sums + STUDENT_GAP, inside, 0.0) / s_s
         centre = value
     return value, centre, count
 
@@ -126,13 +138,13 @@ def finish_kernel(
     """BLOCK rows: results_RT[:, rows], and coefficients_TC[rows] with GRADIENT."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    sums = sums_T9 + row * 9
-    m_s = tl.load(sums, inside, 0.0)
-    s_s = tl.load(sums + 1, inside, 1.0)
-    y_s = tl.load(sums + 7, inside, 0.0)
+    sums = sums_T9 + row * SUMS
+    m_s = tl.load(sums + STUDENT_MOST, inside, 0.0)
+    s_s = tl.load(sums + STUDENT_MASS, inside, 1.0)
+    y_s = tl.load(sums + STUDENT_TARGET, inside, 0.0)
     log_s = tl.log(s_s)
     logprob = (y_s - m_s) - log_s
-    entropy = log_s - tl.load(sums + 3, inside, 0.0) / s_s
+    entropy = log_s - tl.load(sums + STUDENT_ENERGY, inside, 0.0) / s_s
     loss = tl.zeros_like(logprob)
     pull = tl.zeros_like(logprob)
     clipped = tl.zeros_like(logprob)
@@ -141,9 +153,9 @@ def finish_kernel(
     teacher = tl.zeros_like(logprob)
     coefficients = coefficients_TC + row * COEFFICIENTS if GRADIENT else row
     if DIVERGENCE != "none":
-        m_t = tl.load(sums + 4, inside, 0.0)
-        s_t = tl.load(sums + 5, inside, 1.0)
-        y_t = tl.load(sums + 8, inside, 0.0)
+        m_t = tl.load(sums + TEACHER_MOST, inside, 0.0)
+        s_t = tl.load(sums + TEACHER_MASS, inside, 1.0)
+        y_t = tl.load(sums + TEACHER_TARGET, inside, 0.0)
         teacher = (y_t - m_t) - tl.log(s_t)
         offset = log_ratio(m_s, s_s, m_t, s_t)
         shift = y_s - y_t

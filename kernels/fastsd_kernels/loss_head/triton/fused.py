@@ -115,6 +115,7 @@ def _run_chunk(
     from .finish import finish_rows
     from .row_kernels import COEFFICIENTS
     from .scratch import entry_sums, row_gradients, row_sums
+    from .sums import empty_sums
     from .top_k import top_k, write_gradient
 
     scratch = products.project(start, stop)
@@ -122,7 +123,8 @@ def _run_chunk(
     if selects:
         scratch = scratch.with_bias_added()
     new = results_RT.new_empty
-    sums_T9, entries_TE, found, coefficients_TC = new(stop - start, 9), None, None, None
+    sums_T9 = empty_sums(stop - start, results_RT)
+    entries_TE = found = coefficients_TC = None
     row_sums(scratch, rows.target_T, options, sums_T9)
     if selects:
         found = top_k(scratch, rows.target_T, options, sums_T9, gradient)
@@ -176,6 +178,7 @@ def _short_of_memory(inputs: Inputs) -> bool:
 def _tile_sums(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None, Tensor]:
     """The tile's row sums, the shift they are relative to, and room for the results."""
     from .finish import RESULTS
+    from .sums import STUDENT_ENERGY, STUDENT_MASS, STUDENT_MOST
     from .tile import row_sums
 
     shift_T = None if inputs.teacher_TD is None else _shift(inputs, options)
@@ -185,7 +188,8 @@ def _tile_sums(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None,
         options=options,
     )  # fmt: skip
     # The tile sums e^(z - m) z, the row kernel e^(z - m) (z - m).
-    sums_T9[:, 3] -= sums_T9[:, 0] * sums_T9[:, 1]
+    most_T, mass_T = sums_T9[:, STUDENT_MOST.value], sums_T9[:, STUDENT_MASS.value]
+    sums_T9[:, STUDENT_ENERGY.value] -= most_T * mass_T
     rows, device = inputs.student_TD.shape[0], inputs.student_TD.device
     return sums_T9, shift_T, torch.empty(len(RESULTS), _round_up(rows), device=device)[:, :rows]
 

@@ -37,6 +37,18 @@ import triton
 import triton.language as tl
 
 from .elementary import LOWEST, expm1, log1p, log_ratio, scaled
+from .sums import (
+    STUDENT_ENERGY,
+    STUDENT_GAP,
+    STUDENT_MASS,
+    STUDENT_MOST,
+    STUDENT_TARGET,
+    SUMS,
+    TEACHER_GAP,
+    TEACHER_MASS,
+    TEACHER_MOST,
+    TEACHER_TARGET,
+)
 
 # Columns of coefficients_TC: m_s, 1/S_s, log S_s, m_t, 1/S_t, LSE_s - LSE_t, w_div, centre, pull,
 # w_ent, H, and for top_k m_rest and the tail's slope. finish.py writes those in use.
@@ -69,7 +81,7 @@ def row_sums_kernel(
     student, teacher, bias, target, sums_T9, vocabulary, row_stride, inner, outer,
     TEACHER: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m_s, S_s, U_s, E_s, m_t, S_t, U_t, z_s[y], z_t[y] of one row; shift = z_s[y] - z_t[y]."""
+    """The nine sums of sums.py of one row, with shift = z_s[y] - z_t[y]."""
     row = tl.program_id(0).to(tl.int64)
     student += row * row_stride
     y = tl.load(target + row)
@@ -105,20 +117,20 @@ def row_sums_kernel(
             s_t = s_t * old + new
             u_t = u_t * old + new * gap
             m_t = tl.where(above, z_t, m_t)
-    sums_T9 += row * 9
+    sums_T9 += row * SUMS
     most = tl.max(m_s, 0)
     scale = tl.exp(m_s - most)
-    tl.store(sums_T9, most)
-    tl.store(sums_T9 + 1, tl.sum(s_s * scale, 0))
-    tl.store(sums_T9 + 2, tl.sum(u_s * scale, 0))
-    tl.store(sums_T9 + 3, tl.sum((e_s + s_s * (m_s - most)) * scale, 0))
+    tl.store(sums_T9 + STUDENT_MOST, most)
+    tl.store(sums_T9 + STUDENT_MASS, tl.sum(s_s * scale, 0))
+    tl.store(sums_T9 + STUDENT_GAP, tl.sum(u_s * scale, 0))
+    tl.store(sums_T9 + STUDENT_ENERGY, tl.sum((e_s + s_s * (m_s - most)) * scale, 0))
     most = tl.max(m_t, 0)
     scale = tl.exp(m_t - most)
-    tl.store(sums_T9 + 4, most)
-    tl.store(sums_T9 + 5, tl.sum(s_t * scale, 0))
-    tl.store(sums_T9 + 6, tl.sum(u_t * scale, 0))
-    tl.store(sums_T9 + 7, y_s)
-    tl.store(sums_T9 + 8, y_t)
+    tl.store(sums_T9 + TEACHER_MOST, most)
+    tl.store(sums_T9 + TEACHER_MASS, tl.sum(s_t * scale, 0))
+    tl.store(sums_T9 + TEACHER_GAP, tl.sum(u_t * scale, 0))
+    tl.store(sums_T9 + STUDENT_TARGET, y_s)
+    tl.store(sums_T9 + TEACHER_TARGET, y_t)
 
 
 @triton.jit
@@ -143,9 +155,9 @@ def entry_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     student += row * row_stride
     teacher += row * row_stride
-    sums_T9 += row * 9
-    m_s, s_s = tl.load(sums_T9), tl.load(sums_T9 + 1)
-    m_t, s_t = tl.load(sums_T9 + 4), tl.load(sums_T9 + 5)
+    sums_T9 += row * SUMS
+    m_s, s_s = tl.load(sums_T9 + STUDENT_MOST), tl.load(sums_T9 + STUDENT_MASS)
+    m_t, s_t = tl.load(sums_T9 + TEACHER_MOST), tl.load(sums_T9 + TEACHER_MASS)
     offset = log_ratio(m_s, s_s, m_t, s_t)
     value = tl.zeros((BLOCK,), tl.float32)
     centre = tl.zeros((BLOCK,), tl.float32)

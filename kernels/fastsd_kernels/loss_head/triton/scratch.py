@@ -52,7 +52,7 @@ def logit_factors(options: Options) -> tuple[float, float]:
 
 
 def row_sums(scratch: Scratch, target_T: Tensor, options: Options, sums_T9: Tensor) -> None:
-    """sums_T9 <- m_s, S_s, U_s, E_s, m_t, S_t, U_t, z_s[y], z_t[y], shift = z_s[y] - z_t[y]."""
+    """sums_T9 <- the nine sums of sums.py, with shift = z_s[y] - z_t[y]."""
     student_TV, inner_outer = scratch.student_TV, logit_factors(options)
     launch(
         row_sums_kernel, student_TV.shape[0],

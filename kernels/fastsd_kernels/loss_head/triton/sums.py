@@ -1,7 +1,7 @@
 """The nine sums of a row, from which `finish.py` makes its statistics: columns and memory.
 
-Both plans fill them, the scratch's row kernel and the tile that keeps no logits. Of the student
-(S) and the teacher (T), with d = z_s - z_t:
+Both plans fill them, the scratch's row kernel and the tile that keeps no logits. Of either
+stream, with d = z_s - z_t:
 
     MOST    m = max z                        MASS    S = sum e^(z - m)
     GAP     U = sum e^(z - m) (d - shift)    TARGET  z[y]
@@ -16,15 +16,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-MOST_S = tl.constexpr(0)
-MASS_S = tl.constexpr(1)
-GAP_S = tl.constexpr(2)
-ENERGY_S = tl.constexpr(3)
-MOST_T = tl.constexpr(4)
-MASS_T = tl.constexpr(5)
-GAP_T = tl.constexpr(6)
-TARGET_S = tl.constexpr(7)
-TARGET_T = tl.constexpr(8)
+STUDENT_MOST = tl.constexpr(0)
+STUDENT_MASS = tl.constexpr(1)
+STUDENT_GAP = tl.constexpr(2)
+STUDENT_ENERGY = tl.constexpr(3)
+TEACHER_MOST = tl.constexpr(4)
+TEACHER_MASS = tl.constexpr(5)
+TEACHER_GAP = tl.constexpr(6)
+STUDENT_TARGET = tl.constexpr(7)
+TEACHER_TARGET = tl.constexpr(8)
 SUMS = tl.constexpr(9)
 
 

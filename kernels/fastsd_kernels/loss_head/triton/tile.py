@@ -34,12 +34,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..contract import Options
 from .configs import SPLIT_COLUMNS, AotCase, Capability, TileConfig, tile_config
 from .scratch import launch, logit_factors
+from .sums import empty_partial_sums, empty_sums
 from .tile_kernels import merge_kernel, row_sums_kernel
 
 # Row blocks that walk the splits together: their hidden states stay in L2, a head tile serves all.
 _GROUP = 8
 _MERGE_ROWS = 128
-_SUMS = 9
 _MATRICES = ("student_TD", "teacher_TD", "head_VD", "teacher_head_VD")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ACCESSES = ("tma", "pointers", "scalar")
@@ -57,7 +57,7 @@ def row_sums(
     shift_T: Tensor | None = None,
     options: Options,
 ) -> Tensor:
-    """m_s, S_s, U_s, E_s, m_t, S_t, U_t, z_s[y], z_t[y] of every row; nothing is differentiable.
+    """The nine sums of sums.py of every row; nothing is differentiable.
 
         z = softcap(logit_scale (h W^T + b)) / temperature on both sides, d = z_s - z_t
         m = max z,  S = sum e^(z - m),  U = sum e^(z - m) (d - shift),  E = sum e^(z_s - m_s) z_s
@@ -70,7 +70,8 @@ def row_sums(
         options: temperature, logit_scale and softcap are read.
 
     Memory: 36 bytes a row for each 4,096 vocabulary columns, and the result.
-    Returns: sums_T9, [T, 9] fp32; without a teacher columns 2 and 4 to 6 and 8 are 0.
+    Returns: sums_T9, [T, 9] fp32, E as sum e^(z - m) z. Without a teacher STUDENT_GAP and the
+        TEACHER_ columns are 0.
     Raises: TypeError for another dtype.
     """
     given = (student_TD, teacher_TD, head_VD, teacher_head_VD)
@@ -82,11 +83,10 @@ def row_sums(
             )
     rows = student_TD.shape[0]
     splits = triton.cdiv(head_VD.shape[0], SPLIT_COLUMNS)
-    empty = student_TD.new_empty
-    sums_T9 = empty(rows, _SUMS, dtype=torch.float32)
+    sums_T9 = empty_sums(rows, student_TD)
     if rows == 0:
         return sums_T9
-    partial_P9T = empty(splits, _SUMS, rows, dtype=torch.float32)
+    partial_P9T = empty_partial_sums(splits, rows, student_TD)
     with torch.cuda.device_of(student_TD):
         matrices = [_with_plain_rows(x) for x in given]
         _launch_row_sums(matrices, bias_V, target_T, shift_T, partial_P9T, options)

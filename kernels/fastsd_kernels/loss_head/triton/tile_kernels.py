@@ -16,6 +16,18 @@ import triton
 import triton.language as tl
 
 from .elementary import LOWEST, tanh
+from .sums import (
+    STUDENT_ENERGY,
+    STUDENT_GAP,
+    STUDENT_MASS,
+    STUDENT_MOST,
+    STUDENT_TARGET,
+    SUMS,
+    TEACHER_GAP,
+    TEACHER_MASS,
+    TEACHER_MOST,
+    TEACHER_TARGET,
+)
 
 
 @triton.jit
@@ -112,7 +124,18 @@ def row_sums_kernel(
     GROUP: tl.constexpr, TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The nine sums of BLOCK_T rows over one split -> partial_P9T."""
+    """The nine sums of BLOCK_T rows over one split -> partial_P9T.
+
+    student, teacher, head, teacher_head: [T, D], [T, teacher_D], [V, D], [V, teacher_D], all bf16,
+        fp16 or fp32; pointers, or with TMA descriptors of blocks [BLOCK_T or BLOCK_V, BLOCK_D].
+        Elements of a row lie side by side; `..._stride` is from row to row, in elements.
+    bias: [V] of any floating point dtype. target: [T] int64. shift: [T] fp32, what gaps are less.
+    partial_P9T: [splits, 9, T] fp32, dense; columns as in sums.py.
+    row_blocks, splits: the grid is their product, GROUP row blocks walk the splits together.
+    inner, outer: of `scaled`, fp32.
+    Without HAS_TEACHER, HAS_BIAS, HAS_SHIFT the pointer is None, without OWN_HEAD teacher_head and
+    teacher_D. UPCAST: 16-bit tiles are multiplied as fp32. SPLIT: columns of a split.
+    """
     program = tl.program_id(0)
     group = program // (GROUP * splits)
     inside_group = program % (GROUP * splits)
@@ -162,21 +185,24 @@ def row_sums_kernel(
             HAS_TEACHER, HAS_BIAS, SOFTCAP, PIECES,
         )  # fmt: skip
 
-    out = partial_P9T + split.to(tl.int64) * 9 * T + row
-    tl.store(out, m_s, row_exists)
-    tl.store(out + T, s_s, row_exists)
-    tl.store(out + 2 * T, u_s, row_exists)
-    tl.store(out + 3 * T, e_s, row_exists)
-    tl.store(out + 4 * T, m_t, row_exists)
-    tl.store(out + 5 * T, s_t, row_exists)
-    tl.store(out + 6 * T, u_t, row_exists)
-    tl.store(out + 7 * T, y_s, row_exists)
-    tl.store(out + 8 * T, y_t, row_exists)
+    out = partial_P9T + split.to(tl.int64) * SUMS * T + row
+    tl.store(out + STUDENT_MOST * T, m_s, row_exists)
+    tl.store(out + STUDENT_MASS * T, s_s, row_exists)
+    tl.store(out + STUDENT_GAP * T, u_s, row_exists)
+    tl.store(out + STUDENT_ENERGY * T, e_s, row_exists)
+    tl.store(out + TEACHER_MOST * T, m_t, row_exists)
+    tl.store(out + TEACHER_MASS * T, s_t, row_exists)
+    tl.store(out + TEACHER_GAP * T, u_t, row_exists)
+    tl.store(out + STUDENT_TARGET * T, y_s, row_exists)
+    tl.store(out + TEACHER_TARGET * T, y_t, row_exists)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def merge_kernel(partial_P9T, sums_T9, T, splits, HAS_TEACHER: tl.constexpr, BLOCK_T: tl.constexpr):
-    """One set of sums per row from those of its splits, in their order."""
+    """sums_T9 [T, 9] <- the sums of each row's splits, partial_P9T [splits, 9, T], in their order.
+
+    Both fp32 and dense.
+    """
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_exists = row < T
     m_s = tl.full((BLOCK_T,), LOWEST, tl.float32)
@@ -190,34 +216,34 @@ def merge_kernel(partial_P9T, sums_T9, T, splits, HAS_TEACHER: tl.constexpr, BLO
     y_t = tl.zeros((BLOCK_T,), tl.float32)
     part = partial_P9T + row
     for _ in range(splits):
-        m = tl.load(part, row_exists, 0.0)
+        m = tl.load(part + STUDENT_MOST * T, row_exists, 0.0)
         highest = tl.maximum(m_s, m)
         old = tl.exp(m_s - highest)
         new = tl.exp(m - highest)
-        s_s = s_s * old + tl.load(part + T, row_exists, 0.0) * new
-        u_s = u_s * old + tl.load(part + 2 * T, row_exists, 0.0) * new
-        e_s = e_s * old + tl.load(part + 3 * T, row_exists, 0.0) * new
-        y_s += tl.load(part + 7 * T, row_exists, 0.0)
+        s_s = s_s * old + tl.load(part + STUDENT_MASS * T, row_exists, 0.0) * new
+        u_s = u_s * old + tl.load(part + STUDENT_GAP * T, row_exists, 0.0) * new
+        e_s = e_s * old + tl.load(part + STUDENT_ENERGY * T, row_exists, 0.0) * new
+        y_s += tl.load(part + STUDENT_TARGET * T, row_exists, 0.0)
         m_s = highest
         if HAS_TEACHER:
-            m = tl.load(part + 4 * T, row_exists, 0.0)
+            m = tl.load(part + TEACHER_MOST * T, row_exists, 0.0)
             highest = tl.maximum(m_t, m)
             old = tl.exp(m_t - highest)
             new = tl.exp(m - highest)
-            s_t = s_t * old + tl.load(part + 5 * T, row_exists, 0.0) * new
-            u_t = u_t * old + tl.load(part + 6 * T, row_exists, 0.0) * new
-            y_t += tl.load(part + 8 * T, row_exists, 0.0)
+            s_t = s_t * old + tl.load(part + TEACHER_MASS * T, row_exists, 0.0) * new
+            u_t = u_t * old + tl.load(part + TEACHER_GAP * T, row_exists, 0.0) * new
+            y_t += tl.load(part + TEACHER_TARGET * T, row_exists, 0.0)
             m_t = highest
-        part += 9 * T
+        part += SUMS * T
     if not HAS_TEACHER:
         m_t = s_t
-    out = sums_T9 + row.to(tl.int64) * 9
-    tl.store(out, m_s, row_exists)
-    tl.store(out + 1, s_s, row_exists)
-    tl.store(out + 2, u_s, row_exists)
-    tl.store(out + 3, e_s, row_exists)
-    tl.store(out + 4, m_t, row_exists)
-    tl.store(out + 5, s_t, row_exists)
-    tl.store(out + 6, u_t, row_exists)
-    tl.store(out + 7, y_s, row_exists)
-    tl.store(out + 8, y_t, row_exists)
+    out = sums_T9 + row.to(tl.int64) * SUMS
+    tl.store(out + STUDENT_MOST, m_s, row_exists)
+    tl.store(out + STUDENT_MASS, s_s, row_exists)
+    tl.store(out + STUDENT_GAP, u_s, row_exists)
+    tl.store(out + STUDENT_ENERGY, e_s, row_exists)
+    tl.store(out + TEACHER_MOST, m_t, row_exists)
+    tl.store(out + TEACHER_MASS, s_t, row_exists)
+    tl.store(out + TEACHER_GAP, u_t, row_exists)
+    tl.store(out + STUDENT_TARGET, y_s, row_exists)
+    tl.store(out + TEACHER_TARGET, y_t, row_exists)

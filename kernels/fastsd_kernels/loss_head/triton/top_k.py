@@ -14,11 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..contract import Inputs, Options
 from ..rows import Divergence, bucket_divergence
 from .scratch import Scratch, logit_factors, row_sums
+from .sums import STUDENT_MASS, STUDENT_MOST, TEACHER_MASS, TEACHER_MOST
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def top_k(
         for x_TV in (scratch.student_TV, scratch.teacher_TV):
             x_TV.scatter_(1, index_TK, -torch.inf)
         row_sums(scratch, target_T, options, rest_T9)
-        l_s_TK = _log_probabilities(z_s_TK, sums_T9[:, 0:2], rest_T9[:, 0:2])
-        l_t_TK = _log_probabilities(z_t_TK, sums_T9[:, 4:6], rest_T9[:, 4:6])
+        l_s_TK = _log_probabilities(z_s_TK, sums_T9, rest_T9, STUDENT_MOST, STUDENT_MASS)
+        l_t_TK = _log_probabilities(z_t_TK, sums_T9, rest_T9, TEACHER_MOST, TEACHER_MASS)
     else:
         l_s_TK, l_t_TK = z_s_TK.log_softmax(-1), z_t_TK.log_softmax(-1)
     few = l_t_TK.exp(), torch.empty_like(l_s_TK)
@@ -58,8 +60,8 @@ def top_k(
     if found.clipped_T is not None:
         entries_TE[:, 2] = found.clipped_T
     if options.tail and found.gradient_TK is not None:
-        entries_TE[:, 3] = rest_T9[:, 0]
-        entries_TE[:, 4] = found.gradient_TK[:, -1] / rest_T9[:, 1]
+        entries_TE[:, 3] = rest_T9[:, STUDENT_MOST.value]
+        entries_TE[:, 4] = found.gradient_TK[:, -1] / rest_T9[:, STUDENT_MASS.value]
     return TopK(index_TK, z_s_TK, found, entries_TE)
 
 
@@ -93,8 +95,14 @@ def _scaled(x_TK: Tensor, options: Options) -> Tensor:
     return z_TK if options.softcap is None else z_TK.tanh() * outer
 
 
-def _log_probabilities(z_TK: Tensor, all_T2: Tensor, rest_T2: Tensor) -> Tensor:
-    """log p of the k entries and of all others together, from m and S of all and of the others."""
-    most_T1, mass_T1 = all_T2[:, 0:1], all_T2[:, 1:2]
-    rest_T1 = (rest_T2[:, 0:1] - most_T1) + (rest_T2[:, 1:2] / mass_T1).log()
+def _log_probabilities(
+    z_TK: Tensor, all_T9: Tensor, rest_T9: Tensor, most: tl.constexpr, mass: tl.constexpr
+) -> Tensor:
+    """log p of the k entries and of all others together, from m and S of all and of the others.
+
+    most, mass: their columns, of the student or of the teacher.
+    """
+    most_T1, mass_T1 = all_T9[:, most.value, None], all_T9[:, mass.value, None]
+    rest_most_T1, rest_mass_T1 = rest_T9[:, most.value, None], rest_T9[:, mass.value, None]
+    rest_T1 = (rest_most_T1 - most_T1) + (rest_mass_T1 / mass_T1).log()
     return torch.cat([(z_TK - most_T1) - mass_T1.log(), rest_T1], -1)
