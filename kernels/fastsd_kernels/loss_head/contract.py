@@ -24,7 +24,11 @@ LOG_RATIO_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Options:
-    """Validated settings: jsd has 0 < beta < 1 and top_k < V; their limits are other settings."""
+    """The settings of a call; the defaults of all four public functions are these.
+
+    As an implementation sees them they are validated: jsd has 0 < beta < 1 and top_k < V; their
+    limits are other settings.
+    """
 
     divergence: str = "forward_kl"
     beta: float = 0.5

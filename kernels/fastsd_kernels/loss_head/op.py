@@ -96,7 +96,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _loss_call(args: tuple) -> tuple[Inputs, Options, str, Wanted]:
     *flat, impl, wanted = args
     inputs = Inputs(*flat[:10])
-    options = check_options(inputs.head_VD, **vars(Options(*flat[10:])))
+    options = check_options(inputs.head_VD, Options(*flat[10:]))
     check_inputs(inputs)
     check_terms(inputs, options)
     if len(wanted) != 3 or (wanted[2] and inputs.bias_V is None):
@@ -172,7 +172,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _statistics_call(args: tuple) -> tuple[Inputs, Tensor | None, Options, str]:
     *flat, impl = args
     inputs, mask_T = Inputs(*flat[:6]), flat[6]
-    options = check_options(inputs.head_VD, **vars(Options(*flat[7:])))
+    options = check_options(inputs.head_VD, Options(*flat[7:]))
     check_inputs(inputs, mask_T)
     return inputs, mask_T, options, impl
 
