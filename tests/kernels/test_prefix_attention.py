@@ -246,19 +246,22 @@ def test_the_mask_is_the_tree():
     ]
 
 
-def _own_lse(grad, query, key, value, out, lse, call, scale):
-    own_out, own_lse = cpu_flash.forward(query, key, value, call, scale)
-    return cpu_flash.backward(grad, query, key, value, own_out, own_lse, call, scale)
+def _own(part, call, scale) -> dict:
+    return dict(zip(("out_CNH", "lse_CN"), cpu_flash.forward(*part[1:4], call, scale), strict=True))
 
 
-def _own_lse_only(grad, query, key, value, out, lse, call, scale):
-    own_lse = cpu_flash.forward(query, key, value, call, scale)[1]
-    return cpu_flash.backward(grad, query, key, value, out, own_lse, call, scale)
+def _own_lse(part, call, scale):
+    return cpu_flash.backward(part._replace(**_own(part, call, scale)), call, scale)
 
 
-def _own_out_only(grad, query, key, value, out, lse, call, scale):
-    own_out = cpu_flash.forward(query, key, value, call, scale)[0]
-    return cpu_flash.backward(grad, query, key, value, own_out, lse, call, scale)
+def _own_lse_only(part, call, scale):
+    own = _own(part, call, scale)
+    return cpu_flash.backward(part._replace(lse_CN=own["lse_CN"]), call, scale)
+
+
+def _own_out_only(part, call, scale):
+    own = _own(part, call, scale)
+    return cpu_flash.backward(part._replace(out_CNH=own["out_CNH"]), call, scale)
 
 
 @pytest.mark.parametrize("mutant", [None, _own_lse, _own_lse_only, _own_out_only])

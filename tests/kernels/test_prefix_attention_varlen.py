@@ -14,6 +14,7 @@ from kernels.prefix_attention_cases import LONG, TREES, check, inputs, random_tr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsd_kernels.prefix_attention import cuda_flash, flash_attn_package, merged, plan
+from fastsd_kernels.prefix_attention.contract import Part
 
 CPU = torch.device("cpu")
 
@@ -171,6 +172,6 @@ def test_the_real_cuda_operators_take_the_arguments():
         packing = plan.Packing(starts, starts, 6, 5)
         call = plan.Call(slice(0, 10), slice(0, 7), False, False, packing)
         out, lse = cuda_flash.forward(q, k, v, call, 0.1)
-        found = cuda_flash.backward(out, q, k, v, out, lse, call, 0.1)
+        found = cuda_flash.backward(Part(out, q, k, v, out, lse), call, 0.1)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (10, 4), torch.float32)
     assert [gradient.shape for gradient in found] == [q.shape, k.shape, v.shape]

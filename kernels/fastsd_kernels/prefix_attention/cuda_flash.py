@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .contract import Part
 from .plan import Call, Packing, level_calls
 from .tree import PrefixTree
 
@@ -53,24 +54,12 @@ def forward(
     return out_CNH, lse_NC.T
 
 
-def backward(
-    grad_CNH: Tensor,
-    query_CNH: Tensor,
-    key_LKH: Tensor,
-    value_LKH: Tensor,
-    out_CNH: Tensor,
-    lse_CN: Tensor,
-    call: Call,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def backward(part: Part, call: Call, scale: float) -> tuple[Tensor, ...]:
     """The call's part of dq_CNH, dk_LKH and dv_LKH."""
-    no_dropout_state = query_CNH.new_empty(0, dtype=torch.int64)
+    *tensors, lse_CN = part
+    no_dropout_state = part.query_CNH.new_empty(0, dtype=torch.int64)
     return torch.ops.aten._flash_attention_backward(
-        grad_CNH,
-        query_CNH,
-        key_LKH,
-        value_LKH,
-        out_CNH,
+        *tensors,
         lse_CN.T.contiguous(),
         *_packing(call),
         0.0,
