@@ -115,11 +115,8 @@ def fused_linear_loss(
         check_terms(inputs, check_options(head_VD, options))
     inputs = _prepared(inputs)
     name = _resolved(impl, inputs)
-    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
-    train = torch.is_grad_enabled()
-    wanted = [train and x is not None and x.requires_grad for x in leaves]
     flat = (*vars(inputs).values(), *vars(options).values())
-    loss, _, _, _, *rows = linear_loss(*flat, name, wanted)
+    loss, _, _, _, *rows = linear_loss(*flat, name, inputs.wanted())
     return LossHeadOutput(loss=loss, impl=name, **_named(rows, inputs, options))
 
 

@@ -57,6 +57,16 @@ class Inputs:
     entropy_weight_T: Tensor | None = None
 
     @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may have a gradient."""
+        return self.student_TD, self.head_VD, self.bias_V
+
+    def wanted(self) -> list[bool]:
+        """Of each leaf, whether autograd wants its gradient now."""
+        train = torch.is_grad_enabled()
+        return [train and isinstance(x, Tensor) and x.requires_grad for x in self.leaves]
+
+    @property
     def statistics_dtype(self) -> torch.dtype:
         return statistics_dtype(self.student_TD)
 

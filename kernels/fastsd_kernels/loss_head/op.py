@@ -108,12 +108,11 @@ def _loss_call(args: tuple) -> tuple[Inputs, Options, str, Wanted]:
 
 
 def _empty_loss(inputs: Inputs, options: Options, wanted: Wanted) -> tuple[Tensor, ...]:
-    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
     return (
         inputs.student_TD.new_empty((), dtype=inputs.statistics_dtype),
         *(
             x.new_empty(x.shape) if want and x is not None else _absent(inputs)
-            for x, want in zip(leaves, wanted, strict=True)
+            for x, want in zip(inputs.leaves, wanted, strict=True)
         ),
         *_empty_statistics(inputs, options),
     )

@@ -24,12 +24,14 @@ _FEW_ROWS = 128
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     if dtype not in DTYPES:
         return f"torch's CPU kernel takes floating point numbers, not {dtype}; cast the tensors"
     return None
 
 
 def calls(tree: PrefixTree, device: torch.device) -> tuple[Call, ...]:
+    """One call per segment."""
     return segment_calls(tree)
 
 

@@ -19,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     return flash_limits(device, dtype, head_dim)
 
 
@@ -34,6 +35,7 @@ def flash_limits(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
 
 
 def calls(tree: PrefixTree, device: torch.device) -> tuple[Call, ...]:
+    """One call per level of the tree."""
     return level_calls(tree, device)
 
 

@@ -19,6 +19,7 @@ from .tree import PrefixTree
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     reason = flash_limits(device, dtype, head_dim)
     if reason is not None:
         return reason
@@ -32,6 +33,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def calls(tree: PrefixTree, device: torch.device) -> tuple[Call, ...]:
+    """One call per level of the tree."""
     return level_calls(tree, device)
 
 

@@ -69,31 +69,30 @@ def row_terms(
         found["divergence_T"] = divergence.value_T
         if divergence.held_T is not None:
             found["entry_clipped_T"] = divergence.held_T.long()
-    weight_T = None if part.divergence_weight_T is None else part.divergence_weight_T.double()
+    weight_T, bonus_T = _double(part.divergence_weight_T), _double(part.entropy_weight_T)
     if divergence is not None and weight_T is not None:
         sampled = options.divergence == "sampled_token"
         loss_T += weight_T * divergence.value_T * (logprob_T if sampled else 1)
         if sampled:
             pull_T += weight_T * divergence.value_T
     if part.policy_weight_T is not None:
-        old_T = None if part.old_logprob_T is None else part.old_logprob_T.double()
-        args = part.policy_weight_T.double(), old_T, options.clip
-        policy_T, slope_T, clipped_T = policy_terms(logprob_T, *args)
+        weights = part.policy_weight_T.double(), _double(part.old_logprob_T)
+        policy_T, slope_T, clipped_T = policy_terms(logprob_T, *weights, options.clip)
         loss_T += policy_T
         pull_T += slope_T
         if clipped_T is not None:
             found["policy_clipped_T"] = clipped_T
-    bonus_T = None if part.entropy_weight_T is None else part.entropy_weight_T.double()
     if bonus_T is not None:
         loss_T -= bonus_T * row["entropy"]
     statistics = RowStatistics(
         **{k: x.float() if x.is_floating_point() else x for k, x in found.items()}
     )
-    return RowTerms(
-        loss_T,
-        statistics,
-        **_coefficients(row, options, divergence, weight_T, bonus_T, pull_T, top),
-    )
+    coefficients = _coefficients(row, options, divergence, weight_T, bonus_T, pull_T, top)
+    return RowTerms(loss_T, statistics, **coefficients)
+
+
+def _double(x_T: Tensor | None) -> Tensor | None:
+    return None if x_T is None else x_T.double()
 
 
 def _coefficients(

@@ -43,7 +43,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def evaluate(inputs: Inputs, options: Options, wanted: tuple[bool, ...]) -> Evaluation:
-    """Raises MemoryError where the C++ side finds no memory."""
+    """Loss, statistics and the wanted gradients; see contract.py.
+
+    Raises MemoryError where the C++ side finds no memory.
+    """
     bias_dtype = None if inputs.bias_V is None else inputs.bias_V.dtype
     inputs = _plain(inputs)
     needs = Needs.of(inputs, options, any(wanted))
@@ -58,6 +61,7 @@ def evaluate(inputs: Inputs, options: Options, wanted: tuple[bool, ...]) -> Eval
 
 
 def statistics(inputs: Inputs, options: Options) -> RowStatistics:
+    """The statistics alone, without sweep two; raises MemoryError too."""
     return evaluate(inputs, options, (False, False, False)).statistics
 
 
@@ -70,6 +74,7 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options, gradient: bool) -> Needs:
+        """What a call with these arguments needs; the compact forms only where they suffice."""
         full = inputs.teacher_TD is not None and options.divergence != "sampled_token"
         top = full and options.top_k is not None
         late = options.divergence == "jsd" or options.entry_clip is not None

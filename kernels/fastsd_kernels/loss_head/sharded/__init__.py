@@ -86,15 +86,13 @@ def vocabulary_sharded_linear_loss(
         student_TD, head_shard_VD, target_T, bias_V, teacher_TD, teacher_head_VD,
         divergence_weight_T, policy_weight_T, old_logprob_T, entropy_weight_T,
     ))  # fmt: skip
-    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
-    train = torch.is_grad_enabled()
-    wanted = tuple(train and isinstance(x, Tensor) and x.requires_grad for x in leaves)
+    wanted = tuple(inputs.wanted())
     with torch.no_grad():
         call = agree_on_loss(
             inputs, options, vocabulary_start, group, wanted, bool(reduce_hidden_gradient)
         )
         found = evaluate_shard(call, wanted, bool(reduce_hidden_gradient))
-    loss = _ScaleGradients.apply(*leaves, found, call.rows)
+    loss = _ScaleGradients.apply(*inputs.leaves, found, call.rows)
     return LossHeadOutput(loss=loss, impl="sharded", **_all_rows(found, call.rows))
 
 

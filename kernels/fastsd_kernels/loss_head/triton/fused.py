@@ -31,7 +31,9 @@ from ..contract import Evaluation, Inputs, Options, RowStatistics
 
 # Modules with kernels import triton and are imported when first run.
 if TYPE_CHECKING:
+    from .scratch import Scratch
     from .stacked_products import StackedProducts
+    from .top_k import TopK
 
 # Bytes of scratch, at most, and of the memory that is free, at most.
 SCRATCH_BYTES = 1 << 30
@@ -114,26 +116,19 @@ def _run_chunk(
     """Results and gradients of rows start to stop, which `rows` holds."""
     from .finish import finish_rows
     from .row_kernels import COEFFICIENTS
-    from .scratch import entry_sums, row_gradients, row_sums
+    from .scratch import row_gradients, row_sums
     from .sums import empty_sums
-    from .top_k import top_k, write_gradient
+    from .top_k import write_gradient
 
     scratch = products.project(start, stop)
-    selects = rows.teacher_TD is not None and options.top_k is not None
-    if selects:
+    if _selects(rows, options):
         scratch = scratch.with_bias_added()
-    new = results_RT.new_empty
     sums_T9 = empty_sums(stop - start, results_RT)
-    entries_TE = found = coefficients_TC = None
     row_sums(scratch, rows.target_T, options, sums_T9)
-    if selects:
-        found = top_k(scratch, rows.target_T, options, sums_T9, gradient)
-        entries_TE = found.entries_TE
-    elif _needs_entry_sums(rows, options):
-        entries_TE = new(stop - start, 5)
-        entry_sums(scratch, options, sums_T9, entries_TE)
+    entries_TE, found = _entries(scratch, rows, options, sums_T9, gradient)
+    coefficients_TC = None
     if gradient:
-        coefficients_TC = new(stop - start, COEFFICIENTS.value)
+        coefficients_TC = results_RT.new_empty(stop - start, COEFFICIENTS.value)
     finish_rows(
         sums_T9, rows, options, results_RT[:, start:stop],
         entries_TE=entries_TE, coefficients_TC=coefficients_TC,
@@ -145,6 +140,23 @@ def _run_chunk(
     if found is not None:
         write_gradient(found, rows, options, coefficients_TC, g_TV)
     products.add_gradients(g_TV, start, stop)
+
+
+def _entries(
+    scratch: Scratch, rows: Inputs, options: Options, sums_T9: Tensor, gradient: bool
+) -> tuple[Tensor | None, TopK | None]:
+    """Entry sums where the nine sums do not give the divergence; the k entries with top_k."""
+    from .scratch import entry_sums
+    from .top_k import top_k
+
+    if _selects(rows, options):
+        found = top_k(scratch, rows.target_T, options, sums_T9, gradient)
+        return found.entries_TE, found
+    if not _needs_entry_sums(rows, options):
+        return None, None
+    entries_TE = sums_T9.new_empty(sums_T9.shape[0], 5)
+    entry_sums(scratch, options, sums_T9, entries_TE)
+    return entries_TE, None
 
 
 def _tile_statistics(inputs: Inputs, options: Options) -> RowStatistics:
@@ -240,8 +252,12 @@ def _needs_entry_sums(inputs: Inputs, options: Options) -> bool:
 
 
 def _needs_scratch(inputs: Inputs, options: Options) -> bool:
-    selects = inputs.teacher_TD is not None and options.top_k is not None
-    return selects or _needs_entry_sums(inputs, options)
+    return _selects(inputs, options) or _needs_entry_sums(inputs, options)
+
+
+def _selects(inputs: Inputs, options: Options) -> bool:
+    """Is the divergence one over the k likeliest entries?"""
+    return inputs.teacher_TD is not None and options.top_k is not None
 
 
 def _rows_per_chunk(rows: int, bytes_per_row: int, device: torch.device) -> int:
