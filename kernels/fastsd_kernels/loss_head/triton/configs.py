@@ -19,7 +19,7 @@ Capability = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class AotCase:
-    """One kernel with representative arguments, as `tests/kernels/aot.py` compiles it.
+    """One kernel with representative arguments, as `tests/helpers/aot.py` compiles it.
 
     A kernel module exposes `aot_cases(capability) -> list[AotCase]`; the configuration of that
     architecture is already in `constexprs` and `num_warps`.

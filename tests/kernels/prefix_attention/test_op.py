@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.prefix_attention_cases import TREES, attend, inputs, step
+from prefix_attention_cases import TREES, attend, inputs, step
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.triton_interpreter import require_interpreter
+from triton_interpreter import require_interpreter
 
 require_interpreter()
 
-from kernels.interpreted.test_fused import check, many_small_blocks  # noqa: E402, F401
+from fused_cases import check, many_small_blocks  # noqa: E402, F401
 
 from fastsd_kernels import fused_linear_loss  # noqa: E402
-from fastsd_kernels.loss_head import fused  # noqa: E402
+from fastsd_kernels.loss_head.triton import fused  # noqa: E402
 from fastsd_kernels.testing import (  # noqa: E402
     BF16_GRADIENT_ERROR,
     FP32_ERROR,

@@ -6,18 +6,23 @@ import itertools
 
 import pytest
 import torch
-from kernels.triton_interpreter import (
-    MemoryTracer,
-    patched_once,
-    require_interpreter,
-    rounded_bf16,
-)
+from triton_interpreter import MemoryTracer, require_interpreter
 
 require_interpreter()
 
+from fused_cases import (  # noqa: E402, F401
+    CLIPPED,
+    LEAVES,
+    STATISTICS,
+    check,
+    many_small_blocks,
+    run,
+    widened,
+)
+
 from fastsd_kernels import fused_linear_loss, fused_linear_statistics  # noqa: E402
-from fastsd_kernels.loss_head import fused, triton_rows  # noqa: E402
 from fastsd_kernels.loss_head.contract import Inputs, Options  # noqa: E402
+from fastsd_kernels.loss_head.triton import fused  # noqa: E402
 from fastsd_kernels.testing import (  # noqa: E402
     BF16_GRADIENT_ERROR,
     FP32_ERROR,
@@ -29,10 +34,6 @@ from fastsd_kernels.testing import (  # noqa: E402
 )
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_token")
-STATISTICS = ("divergence_T", "student_logprob_T", "teacher_logprob_T", "entropy_T")
-CLIPPED = ("policy_clipped_T", "entry_clipped_T")
-LEAVES = ("student_TD", "head_VD", "bias_V")
-BLOCK = 128
 
 
 def every_option():
@@ -52,57 +53,6 @@ def every_option():
 OPTIONS = list(every_option())
 BF16_OPTIONS = [{"divergence": d} for d in DIVERGENCES]
 BF16_OPTIONS += [{"top_k": 5, "tail": tail} for tail in (True, False)]
-
-
-@pytest.fixture(autouse=True)
-def many_small_blocks(monkeypatch):
-    """Several blocks in a small vocabulary, bf16 as hardware rounds it."""
-    monkeypatch.setattr(
-        triton_rows, "row_config", lambda capability, kernel: {"BLOCK": BLOCK, "num_warps": 4}
-    )
-    with rounded_bf16(), patched_once():
-        yield
-
-
-def run(x: dict, impl: str = "triton", upstream: float = 1.0, **options) -> dict:
-    """Loss, statistics and gradients of one call, all detached."""
-    leaves = {k: x[k].detach().clone().requires_grad_() for k in LEAVES if x.get(k) is not None}
-    out = fused_linear_loss(**{**x, **leaves}, **options, impl=impl)
-    (out.loss * upstream).backward()
-    assert out.impl == impl
-    found = {"loss": out.loss} | {name: getattr(out, name) for name in (*STATISTICS, *CLIPPED)}
-    found |= {f"d {name}": leaf.grad for name, leaf in leaves.items()}
-    return {name: value.detach() for name, value in found.items() if value is not None}
-
-
-def widened(x: dict) -> dict:
-    return {k: v.detach().double() if v.is_floating_point() else v for k, v in x.items()}
-
-
-def loss_scale(x: dict, exact: dict) -> float:
-    """Sum of the sizes of the loss's terms, which may cancel."""
-    total = float(abs(exact["loss"]))
-    for weight, value in zip(
-        ("divergence_weight_T", "policy_weight_T", "entropy_weight_T"),
-        ("divergence_T", "student_logprob_T", "entropy_T"),
-        strict=True,
-    ):
-        if x.get(weight) is not None:
-            total += float((x[weight] * exact[value]).abs().sum())
-    return total
-
-
-def check(x: dict, budget: float, gradient_budget: float, **options) -> None:
-    found, exact = run(x, **options), run(widened(x), "reference", **options)
-    assert found.keys() == exact.keys()
-    for name, value in exact.items():
-        if name in CLIPPED:
-            assert torch.equal(found[name], value), name
-        elif name == "loss":
-            assert abs(found[name] - value) <= budget * loss_scale(x, exact), name
-        else:
-            limit = gradient_budget if name.startswith("d ") else budget
-            assert relative_error(found[name], value) <= limit, name
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

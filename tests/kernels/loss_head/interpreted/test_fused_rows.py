@@ -8,15 +8,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernels.triton_interpreter import patched_once, require_interpreter, rounded_bf16
+from triton_interpreter import patched_once, require_interpreter, rounded_bf16
 
 require_interpreter()
 
-from fastsd_kernels.loss_head import triton_finish, triton_math, triton_rows  # noqa: E402
 from fastsd_kernels.loss_head.contract import Inputs, Options  # noqa: E402
-from fastsd_kernels.loss_head.triton_finish import RESULTS, finish_rows  # noqa: E402
-from fastsd_kernels.loss_head.triton_row_kernels import COEFFICIENTS  # noqa: E402
-from fastsd_kernels.loss_head.triton_rows import (  # noqa: E402
+from fastsd_kernels.loss_head.triton import elementary, finish  # noqa: E402
+from fastsd_kernels.loss_head.triton import scratch as scratch_kernels  # noqa: E402
+from fastsd_kernels.loss_head.triton.finish import RESULTS, finish_rows  # noqa: E402
+from fastsd_kernels.loss_head.triton.row_kernels import COEFFICIENTS  # noqa: E402
+from fastsd_kernels.loss_head.triton.scratch import (  # noqa: E402
     Scratch,
     entry_sums,
     row_gradients,
@@ -29,7 +30,7 @@ V, BLOCK = 150, 64
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(
-        triton_rows, "row_config", lambda capability, kernel: {"BLOCK": BLOCK, "num_warps": 4}
+        scratch_kernels, "row_config", lambda capability, kernel: {"BLOCK": BLOCK, "num_warps": 4}
     )
     with rounded_bf16(), patched_once():
         yield
@@ -40,11 +41,11 @@ def apply(x, y, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     value = tl.load(x + at, at < n, 0.0)
     if NAME == "tanh":
-        value = triton_math.tanh(value)
+        value = elementary.tanh(value)
     elif NAME == "expm1":
-        value = triton_math.expm1(value)
+        value = elementary.expm1(value)
     else:
-        value = triton_math.log1p(value)
+        value = elementary.log1p(value)
     tl.store(y + at, value, at < n)
 
 
@@ -132,7 +133,7 @@ def run_programs(monkeypatch, module, ids: list[int], asked: list[int]) -> None:
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", place)
     # Arguments are in host memory already: copying them back would touch every page of them.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
-    launch = triton_rows.launch
+    launch = scratch_kernels.launch
 
     def launch_some(kernel, programs, *arguments, **constants):
         asked.append(programs)
@@ -180,17 +181,17 @@ def test_rows_far_away(rows, stride, monkeypatch, tmp_path):
     results, coefficients = torch.empty(len(RESULTS), rows), torch.empty(rows, COEFFICIENTS.value)
     asked: list[int] = []
     with monkeypatch.context() as patch:
-        run_programs(patch, triton_rows, ids, asked)
+        run_programs(patch, scratch_kernels, ids, asked)
         row_sums(scratch, inputs.target_T, options, sums)
         entry_sums(scratch, options, sums, entries)
     blocks = sorted({row // 128 for row in ids})
     with monkeypatch.context() as patch:
-        run_programs(patch, triton_finish, blocks, asked)
+        run_programs(patch, finish, blocks, asked)
         finish_rows(
             sums, inputs, options, results, entries_TE=entries, coefficients_TC=coefficients
         )
     with monkeypatch.context() as patch:
-        run_programs(patch, triton_rows, ids, asked)
+        run_programs(patch, scratch_kernels, ids, asked)
         row_gradients(scratch, inputs, options, coefficients, gradient)
     assert asked == [rows, rows, -(-rows // 128), rows]
     found = sums[ids], results.T[ids], gradient[ids]
@@ -207,5 +208,5 @@ def test_grids_have_one_axis(monkeypatch):
             grids.append(grid)
             return lambda *arguments, **constants: None
 
-    triton_rows.launch(Kernel(), 200_000, 1, BLOCK=64)
+    scratch_kernels.launch(Kernel(), 200_000, 1, BLOCK=64)
     assert grids == [(200_000,)]

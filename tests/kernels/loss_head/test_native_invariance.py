@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from fastsd_kernels import fused_linear_loss, fused_linear_statistics, native_library
-from fastsd_kernels.loss_head import native
+from fastsd_kernels.loss_head.native import sweeps as native
 from fastsd_kernels.testing import loss_head_inputs, relative_error
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = (61, 24, 2100)  # two segments of columns with AVX-512
 BY_ROW = ("student_TD", "teacher_TD", "target_T", "divergence_weight_T", "policy_weight_T",
           "old_logprob_T", "entropy_weight_T")  # fmt: skip
@@ -191,7 +191,7 @@ def test_rows_computed_again(setting, monkeypatch):
 MEMORY = """
 import sys, torch
 from fastsd_kernels import fused_linear_loss
-from fastsd_kernels.loss_head import native
+from fastsd_kernels.loss_head.native import sweeps as native
 torch.set_num_threads(1)
 rows, width, vocabulary, scratch = map(int, sys.argv[1:])
 native.SCRATCH_BYTES = scratch

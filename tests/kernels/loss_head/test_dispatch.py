@@ -28,9 +28,13 @@ def reasons(monkeypatch):
 
 
 @pytest.fixture
-def no_module(monkeypatch):
+def no_module(monkeypatch, tmp_path):
     """impl="native" is a module that this installation does not have."""
-    monkeypatch.setitem(dispatch._MODULES, "native", "no_such_module")
+    for name in ("reference", "chunked"):
+        dispatch._module(name)  # found among the loaded modules from here on
+    loss_head = sys.modules[dispatch.__package__]
+    monkeypatch.setattr(loss_head, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, f"{dispatch.__package__}.native", raising=False)
     dispatch._module.cache_clear()
     yield
     dispatch._module.cache_clear()
@@ -80,10 +84,8 @@ def test_a_module_that_is_not_there(no_module):
                  **({"teacher_TD": x["teacher_TD"]}))  # fmt: skip
 
 
-def test_a_module_that_cannot_be_imported_is_an_error(monkeypatch, tmp_path, no_module):
-    (tmp_path / "broken_native.py").write_text("import a_dependency_that_is_missing")
-    monkeypatch.setattr(dispatch, "_MODULES", {**dispatch._MODULES, "native": "broken_native"})
-    monkeypatch.setattr(sys.modules[dispatch.__package__], "__path__", [str(tmp_path)])
+def test_a_module_that_cannot_be_imported_is_an_error(tmp_path, no_module):
+    (tmp_path / "native.py").write_text("import a_dependency_that_is_missing")
     with pytest.raises(ModuleNotFoundError, match="a_dependency_that_is_missing"):
         implementation_name("auto")
 

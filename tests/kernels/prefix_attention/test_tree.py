@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.prefix_attention_cases import check, inputs, random_tree, step
+from prefix_attention_cases import check, inputs, random_tree, step
 
 from fastsd_kernels.prefix_attention import PrefixTree
 from fastsd_kernels.prefix_attention.plan import level_calls, segment_calls

@@ -12,14 +12,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from decode_cases import BF16, FP32, FP64, IMPLS
 
 from fastsd_kernels import PrefixDecodeCache
-from fastsd_kernels.native_library import instruction_set
 from fastsd_kernels.prefix_decode.reference import ReferenceDecode
-
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-needs_library = pytest.mark.skipif(not instruction_set(), reason="library not built")
-IMPLS = [pytest.param("native", marks=needs_library), "torch"]
 
 
 class Steps:

@@ -17,10 +17,10 @@ import torch
 pytest.importorskip("triton")
 
 from fastsd_kernels import fused_linear_loss
-from fastsd_kernels.loss_head import fused
+from fastsd_kernels.loss_head.triton import fused
 from fastsd_kernels.testing import loss_head_inputs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = tuple(f"test_fused{part}.py" for part in ("", "_rows", "_memory", "_low_memory"))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.triton_interpreter import (
+from triton_interpreter import (
     MemoryTracer,
     patched_once,
     require_interpreter,
@@ -24,25 +24,26 @@ from kernels.triton_interpreter import (
 
 require_interpreter()
 
-from fastsd_kernels.loss_head import triton_finish, triton_row_kernels, triton_rows  # noqa: E402
 from fastsd_kernels.loss_head.contract import Inputs, Options  # noqa: E402
-from fastsd_kernels.loss_head.triton_finish import RESULTS, finish_rows  # noqa: E402
-from fastsd_kernels.loss_head.triton_rows import (  # noqa: E402
+from fastsd_kernels.loss_head.triton import finish, row_kernels  # noqa: E402
+from fastsd_kernels.loss_head.triton import scratch as scratch_kernels  # noqa: E402
+from fastsd_kernels.loss_head.triton.finish import RESULTS, finish_rows  # noqa: E402
+from fastsd_kernels.loss_head.triton.scratch import (  # noqa: E402
     Scratch,
     entry_sums,
     row_gradients,
     row_sums,
     target_logits,
 )
-from fastsd_kernels.loss_head.triton_top_k import top_k, write_gradient  # noqa: E402
+from fastsd_kernels.loss_head.triton.top_k import top_k, write_gradient  # noqa: E402
 
 # At least what a whole block of any kernel could reach beyond the end: 128 rows of 13 columns.
 GUARD = 2048
 KERNELS = {
-    triton_row_kernels: (
+    row_kernels: (
         "row_sums_kernel", "entry_sums_kernel", "gradient_kernel", "target_logits_kernel",
     ),
-    triton_finish: ("finish_kernel",),
+    finish: ("finish_kernel",),
 }  # fmt: skip
 OFF_BY_ONE = {
     r"column < vocabulary": "column <= vocabulary",
@@ -60,7 +61,7 @@ UNMASKED = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(
-        triton_rows, "row_config", lambda capability, kernel: {"BLOCK": 64, "num_warps": 4}
+        scratch_kernels, "row_config", lambda capability, kernel: {"BLOCK": 64, "num_warps": 4}
     )
     with rounded_bf16(), patched_once():
         yield
@@ -158,7 +159,7 @@ def fault(seed: int) -> str | None:
         with memory.tracer.recording():
             entry_sums(scratch, options, sums, entries)
     if train:
-        coefficients = memory.new(rows, triton_row_kernels.COEFFICIENTS.value)
+        coefficients = memory.new(rows, row_kernels.COEFFICIENTS.value)
         narrow = memory.new(rows, vocabulary, torch.bfloat16, gap=3)
         outputs.append(gradient := narrow if "bf16" in terms else student)
     with memory.tracer.recording():
@@ -211,7 +212,7 @@ def install(module, source: str, folder: Path, monkeypatch) -> None:
     mutant = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, mutant)
     spec.loader.exec_module(mutant)
-    user = triton_rows if module is triton_row_kernels else triton_finish
+    user = scratch_kernels if module is row_kernels else finish
     for kernel in KERNELS[module]:
         monkeypatch.setattr(user, kernel, getattr(mutant, kernel))
 

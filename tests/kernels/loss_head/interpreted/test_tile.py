@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.triton_interpreter import MemoryTracer, require_interpreter
 from torch.nn.functional import linear
+from triton_interpreter import MemoryTracer, require_interpreter
 
 require_interpreter()
 
-from fastsd_kernels.loss_head import triton_tile, triton_tile_kernels  # noqa: E402
 from fastsd_kernels.loss_head.contract import Options  # noqa: E402
-from fastsd_kernels.loss_head.triton_configs import TileConfig  # noqa: E402
+from fastsd_kernels.loss_head.triton import tile, tile_kernels  # noqa: E402
+from fastsd_kernels.loss_head.triton.configs import TileConfig  # noqa: E402
 from fastsd_kernels.testing import FP32_ERROR, FP32_ERROR_AT_SCALE_8, loss_head_inputs  # noqa: E402
 
 # Linux's flag, which Python 3.11 has no name for.
@@ -37,8 +37,8 @@ DESCRIPTORS = TileConfig(16, 32, 16, 1, 4, 2, TMA=True)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(triton_tile, "tile_config", lambda *_: POINTERS)
-    monkeypatch.setattr(triton_tile, "SPLIT_COLUMNS", 64)
+    monkeypatch.setattr(tile, "tile_config", lambda *_: POINTERS)
+    monkeypatch.setattr(tile, "SPLIT_COLUMNS", 64)
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
@@ -48,7 +48,7 @@ def either(request, small_tiles, monkeypatch):
     def config(capability, dtype, accesses, streams):
         return DESCRIPTORS if "tma" in accesses and request.param == "descriptors" else POINTERS
 
-    monkeypatch.setattr(triton_tile, "tile_config", config)
+    monkeypatch.setattr(tile, "tile_config", config)
 
 
 def exact_products(x: dict) -> dict:
@@ -109,7 +109,7 @@ def finished(sums_T9: torch.Tensor, shift_T: torch.Tensor | None, teacher: bool)
 
 def check(x: dict, options: dict, shift_T=None) -> None:
     o = Options(**options)
-    sums = triton_tile.row_sums(**x, shift_T=shift_T, options=o)
+    sums = tile.row_sums(**x, shift_T=shift_T, options=o)
     assert sums.dtype == torch.float32 and sums.shape == (x["student_TD"].shape[0], 9)
     exact = exact_values(x, o)
     budget = FP32_ERROR_AT_SCALE_8 if o.logit_scale == 8 else FP32_ERROR
@@ -146,7 +146,7 @@ def test_without_a_teacher_its_columns_are_zero(shift):
     x = tensors(21, 24, 129)
     del x["teacher_TD"]
     check(x, {}, torch.ones(21) if shift else None)
-    sums = triton_tile.row_sums(**x, shift_T=torch.ones(21) if shift else None, options=Options())
+    sums = tile.row_sums(**x, shift_T=torch.ones(21) if shift else None, options=Options())
     assert not sums[:, [2, 4, 5, 6, 8]].any()
 
 
@@ -165,7 +165,7 @@ def test_a_shift_keeps_what_an_offset_between_the_streams_would_cancel():
     exact = exact_values(x, Options())
     error = {}
     for shift_T in (None, torch.full((21,), -50.0)):
-        sums = triton_tile.row_sums(**x, shift_T=shift_T, options=Options())
+        sums = tile.row_sums(**x, shift_T=shift_T, options=Options())
         found = finished(sums, shift_T, True)
         for name in ("KL(S||T)", "KL(T||S)"):
             off = (found[name].double() - exact[name]).norm() / exact[name].norm()
@@ -179,23 +179,23 @@ def test_a_shift_keeps_what_an_offset_between_the_streams_would_cancel():
 def test_equal_streams_give_equal_columns_to_the_bit(either, options):
     x = tensors(37, 24, 200)
     x["teacher_TD"] = x["student_TD"].clone()
-    sums = triton_tile.row_sums(**x, options=Options(**options))
+    sums = tile.row_sums(**x, options=Options(**options))
     assert torch.equal(sums[:, :2], sums[:, 4:6]) and torch.equal(sums[:, 7], sums[:, 8])
     assert not sums[:, 2].any() and not sums[:, 6].any()
 
 
 def test_rows_do_not_depend_on_their_batch(either):
     x = exact_products(tensors(37, 24, 200))
-    whole = triton_tile.row_sums(**x, options=Options())
+    whole = tile.row_sums(**x, options=Options())
     order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
     for rows in (order, order[:5], torch.tensor([36]), torch.arange(15, 33)):
         part = {k: v[rows] if k.endswith(("_TD", "_T")) else v for k, v in x.items()}
-        assert torch.equal(triton_tile.row_sums(**part, options=Options()), whole[rows])
+        assert torch.equal(tile.row_sums(**part, options=Options()), whole[rows])
 
 
 def test_large_logits_stay_finite():
     x = tensors(7, 24, 129)
-    sums = triton_tile.row_sums(**x, options=Options(logit_scale=1e4))
+    sums = tile.row_sums(**x, options=Options(logit_scale=1e4))
     assert torch.isfinite(sums).all()
     check(x, {"softcap": 30.0, "logit_scale": 1e4})
 
@@ -203,18 +203,18 @@ def test_large_logits_stay_finite():
 def test_no_rows_and_strided_matrices():
     x = tensors(21, 24, 129)
     none = {k: v[:0] if k.endswith(("_TD", "_T")) else v for k, v in x.items()}
-    assert triton_tile.row_sums(**none, options=Options()).shape == (0, 9)
-    whole = triton_tile.row_sums(**x, options=Options())
+    assert tile.row_sums(**none, options=Options()).shape == (0, 9)
+    whole = tile.row_sums(**x, options=Options())
     columns = {k: v.T.contiguous().T if k.endswith("D") else v for k, v in x.items()}
-    assert torch.equal(triton_tile.row_sums(**columns, options=Options()), whole)
+    assert torch.equal(tile.row_sums(**columns, options=Options()), whole)
 
 
 def test_refuses_other_dtypes():
     with pytest.raises(TypeError, match="student_TD: expected bfloat16.*got torch.float64"):
-        triton_tile.row_sums(**tensors(3, 4, 5, torch.float64), options=Options())
+        tile.row_sums(**tensors(3, 4, 5, torch.float64), options=Options())
     x = tensors(3, 4, 5) | {"teacher_TD": torch.zeros(3, 4, dtype=torch.bfloat16)}
     with pytest.raises(TypeError, match="teacher_TD: .*like student_TD"):
-        triton_tile.row_sums(**x, options=Options())
+        tile.row_sums(**x, options=Options())
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
@@ -229,18 +229,16 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 def run_guarded(x: dict, o: Options) -> tuple[torch.Tensor, list[str]]:
     """The sums of the kernels on guarded tensors, and every access outside of a tensor."""
     x = {name: guarded(value) for name, value in x.items()}
-    rows, splits = x["student_TD"].shape[0], -(-x["head_VD"].shape[0] // triton_tile.SPLIT_COLUMNS)
+    rows, splits = x["student_TD"].shape[0], -(-x["head_VD"].shape[0] // tile.SPLIT_COLUMNS)
     partial = torch.full((splits * 9 * rows + 128,), torch.nan)
     inner = partial[64:-64].view(splits, 9, rows)
     sums = torch.full((rows * 9 + 128,), torch.nan)
     tracer = MemoryTracer()
     tracer.allow(*x.values(), partial[64:-64], sums[64:-64])
-    matrices = [x.get(name) for name in triton_tile._MATRICES]
+    matrices = [x.get(name) for name in tile._MATRICES]
     with tracer.recording():
-        triton_tile._launch_row_sums(
-            matrices, x.get("bias_V"), x["target_T"], x.get("shift_T"), inner, o
-        )
-        triton_tile._launch_merge(inner, sums[64:-64].view(rows, 9), "teacher_TD" in x)
+        tile._launch_row_sums(matrices, x.get("bias_V"), x["target_T"], x.get("shift_T"), inner, o)
+        tile._launch_merge(inner, sums[64:-64].view(rows, 9), "teacher_TD" in x)
     for buffer in (partial, sums):
         if not buffer[:64].isnan().all() or not buffer[-64:].isnan().all():
             tracer.outside.append("store over a guard")
@@ -265,7 +263,7 @@ def check_guarded(seed: int) -> None:
     x, o = random_case(seed)
     sums, outside = run_guarded(x, o)
     assert not outside, outside[:3]
-    assert torch.equal(sums, triton_tile.row_sums(**x, options=o))
+    assert torch.equal(sums, tile.row_sums(**x, options=o))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -287,23 +285,21 @@ MASKS = [
 @pytest.mark.parametrize("where", range(len(MASKS) + 1))
 def test_a_mask_off_by_one_is_caught(where, monkeypatch, tmp_path):
     """Each mask of the kernels, widened by one: `row_exists` stands in both kernels."""
-    source = Path(triton_tile_kernels.__file__).read_text()
+    source = Path(tile_kernels.__file__).read_text()
     mask = MASKS[min(where, len(MASKS) - 1)]
     pieces = source.split(mask)
     assert len(pieces) == (3 if mask.startswith("row_exists") else 2)
     at = 2 if where == len(MASKS) else 1
     mutant = mask.join(pieces[:at]) + mask.replace("<", "<=") + mask.join(pieces[at:])
     file = tmp_path / "mutant.py"
-    file.write_text(
-        mutant.replace("from .triton_math", "from fastsd_kernels.loss_head.triton_math")
-    )
+    file.write_text(mutant.replace("from .", "from fastsd_kernels.loss_head.triton."))
     spec = importlib.util.spec_from_file_location("mutant", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     x = tensors(21, 24, 73)
-    expected = triton_tile.row_sums(**x, options=Options())
-    monkeypatch.setattr(triton_tile, "row_sums_kernel", module.row_sums_kernel)
-    monkeypatch.setattr(triton_tile, "merge_kernel", module.merge_kernel)
+    expected = tile.row_sums(**x, options=Options())
+    monkeypatch.setattr(tile, "row_sums_kernel", module.row_sums_kernel)
+    monkeypatch.setattr(tile, "merge_kernel", module.merge_kernel)
     sums, outside = run_guarded(x, Options())
     assert outside or not torch.equal(sums, expected)
 
@@ -315,19 +311,19 @@ def test_offsets_beyond_32_bits(either):
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     whole = torch.frombuffer(mmap.mmap(-1, 4 * (3 * stride + 64), flags), dtype=torch.float32)
     head = whole.as_strided((4, 16), (stride, 1)).copy_(x["head_VD"])
-    found = triton_tile.row_sums(**(x | {"head_VD": head}), options=Options())
-    assert torch.equal(found, triton_tile.row_sums(**x, options=Options()))
+    found = tile.row_sums(**(x | {"head_VD": head}), options=Options())
+    assert torch.equal(found, tile.row_sums(**x, options=Options()))
 
 
 @pytest.mark.slow
 def test_more_rows_than_a_second_grid_axis_holds(monkeypatch):
     """70,000 rows; the last one as if it were alone."""
     wide = TileConfig(1024, 32, 16, 1, 4, 2)
-    monkeypatch.setattr(triton_tile, "tile_config", lambda *_: wide)
-    monkeypatch.setattr(triton_tile, "_MERGE_ROWS", 1024)
+    monkeypatch.setattr(tile, "tile_config", lambda *_: wide)
+    monkeypatch.setattr(tile, "_MERGE_ROWS", 1024)
     x = exact_products(tensors(70_000, 4, 70))
     last = {k: v[-1:] if k.endswith(("_TD", "_T")) else v for k, v in x.items()}
-    sums = triton_tile.row_sums(**x, options=Options())
-    assert torch.equal(sums[-1:], triton_tile.row_sums(**last, options=Options()))
+    sums = tile.row_sums(**x, options=Options())
+    assert torch.equal(sums[-1:], tile.row_sums(**last, options=Options()))
     exact = exact_values(x, Options())["LSE_s"]
     assert (sums[:, 0] + sums[:, 1].log()).sub(exact).norm() / exact.norm() <= FP32_ERROR

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernels.prefix_attention_cases import LONG, TREES, check, inputs, random_tree, step
+from prefix_attention_cases import LONG, TREES, check, inputs, random_tree, step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsd_kernels.prefix_attention import cuda_flash, flash_attn_package, merged, plan

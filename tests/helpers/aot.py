@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-import fastsd_kernels.loss_head
-from fastsd_kernels.loss_head.triton_configs import AotCase, Capability
+import fastsd_kernels.loss_head.triton
+from fastsd_kernels.loss_head.triton.configs import AotCase, Capability
 
-FOLDER = Path(fastsd_kernels.loss_head.__file__).parent
+FOLDER = Path(fastsd_kernels.loss_head.triton.__file__).parent
 # Shared memory that one block may take, in bytes.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 SHARED_LIMIT |= {"sm_120": 101_376, "gfx942": 65_536}
@@ -72,7 +72,8 @@ def capability(architecture: str) -> Capability:
 
 def kernel_modules() -> list[str]:
     """The modules with kernels, and those that say how they are launched."""
-    return [f"fastsd_kernels.loss_head.{path.stem}" for path in sorted(FOLDER.glob("triton_*.py"))]
+    stems = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem != "__init__"]
+    return [f"{fastsd_kernels.loss_head.triton.__name__}.{stem}" for stem in stems]
 
 
 def cases(architecture: str) -> list[AotCase]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.loss_head_cases import HERE, LEAVES, case, close, equal, step
+from loss_head_cases import HERE, LEAVES, case, close, equal, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd_kernels import fused_linear_loss, fused_linear_statistics

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.prefix_attention_cases import LONG, TREES, check, inputs, step
+from prefix_attention_cases import LONG, TREES, check, inputs, step
 
 from fastsd_kernels.prefix_attention import dispatch
 from fastsd_kernels.testing import poisoned_empty

@@ -10,72 +10,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.test_loss_head_chunked import DIVERGENCES, OPTIONS, VALUES, evaluate, widened
+from loss_head_options import DIVERGENCES, VALUES, evaluate, widened
+from native_cases import (
+    BF16,
+    CASE_IDS,
+    CASES,
+    FP32,
+    GRADIENTS,
+    budgets,
+    check,
+    inputs,
+    without_clip,
+)
 
 from fastsd_kernels.testing import (
     BF16_GRADIENT_ERROR,
     FP32_ERROR,
     FP32_ERROR_AT_SCALE_8,
-    loss_head_inputs,
     relative_error,
 )
 
-BF16, FP32 = torch.bfloat16, torch.float32
-GRADIENTS = ("d student_TD", "d head_VD", "d bias_V")
-DROPPED = {
-    "all": (),
-    "lean": ("entropy_weight_T",),
-    "divergence": ("entropy_weight_T", "policy_weight_T", "old_logprob_T"),
-    "policy": ("entropy_weight_T", "teacher_TD", "divergence_weight_T"),
-    "no teacher": ("teacher_TD", "divergence_weight_T", "old_logprob_T"),
-}
-CASES = [(terms, options) for options in OPTIONS for terms in ("all", "lean")]
-CASES += [("divergence", {"divergence": d, "beta": 0.3}) for d in DIVERGENCES]
-CASES += [("policy", {}), ("policy", {"clip": 0.2}), ("no teacher", {})]
-CASES += [("no teacher", {"softcap": 2.0, "temperature": 0.7})]
-CASE_IDS = [f"{terms} {options}" for terms, options in CASES]
 # Both sides of every block: MR = 14 rows, NR = 32 columns, 64 panels a segment, 8 a group.
 RAGGED = [
     (1, 1, 1), (13, 3, 2), (14, 1, 31), (15, 33, 32), (29, 17, 33), (1, 64, 65), (14, 5, 257),
     (29, 3, 2047), (13, 15, 2048), (15, 7, 2049), (3, 2049, 129), (29, 40, 4097),
 ]  # fmt: skip
-
-
-def inputs(shape, dtype, terms="all", **more):
-    x = loss_head_inputs(*shape, dtype, **more)
-    return {name: value for name, value in x.items() if name not in DROPPED[terms]}
-
-
-def without_clip(options: dict, x: dict) -> dict:
-    """The clip needs old_logprob_T."""
-    return options if "old_logprob_T" in x else {k: v for k, v in options.items() if k != "clip"}
-
-
-def check(found, exact, budget: float, gradients: float, value: float | None = None):
-    assert found.keys() == exact.keys()
-    for name, expected in exact.items():
-        if expected.dtype in (torch.bool, torch.int64):
-            assert torch.equal(found[name], expected), name
-            continue
-        jsd = value is not None and name in ("loss", "divergence_T")
-        limit = gradients if name in GRADIENTS else value if jsd else budget
-        if (
-            name == "divergence_T"
-        ):  # a small one is a difference of fp32 log-masses, 2 u = 2^-23 each
-            limit += 2**-23 * len(expected) ** 0.5 / max(1e-9, float(expected.norm()))
-        assert relative_error(found[name], expected) <= limit, name
-
-
-def budgets(x: dict, options: dict) -> dict:
-    """Of `check`. The JSD of compact bf16 forms sums fp16 summands, see the test of its value."""
-    if x["student_TD"].dtype == FP32:
-        return {"budget": FP32_ERROR, "gradients": FP32_ERROR}
-    compact = "entropy_weight_T" not in x and options.get("divergence") == "jsd"
-    return {
-        "budget": FP32_ERROR,
-        "gradients": BF16_GRADIENT_ERROR,
-        "value": 2**-11 if compact else None,
-    }
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

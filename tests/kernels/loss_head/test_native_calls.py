@@ -6,13 +6,13 @@ Shape suffixes: T rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from kernels.test_loss_head_native import (
+from instruction_sets import PROBE, SETS, linux, run, runs_here
+from loss_head_options import evaluate, widened
+from native_cases import (
     BF16,
     CASE_IDS,
     CASES,
@@ -20,14 +20,12 @@ from kernels.test_loss_head_native import (
     GRADIENTS,
     budgets,
     check,
-    evaluate,
     inputs,
-    widened,
     without_clip,
-)  # fmt: skip
+)
 
 from fastsd_kernels import fused_linear_loss, fused_linear_statistics, native_library
-from fastsd_kernels.loss_head import native
+from fastsd_kernels.loss_head.native import sweeps as native
 from fastsd_kernels.testing import (
     BF16_GRADIENT_ERROR,
     FP32_ERROR,
@@ -36,9 +34,6 @@ from fastsd_kernels.testing import (
     relative_error,
 )
 
-ROOT = Path(__file__).parents[2]
-linux = pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo")
-SETS = ("avx512_bf16", "avx512", "avx2", "scalar")
 SHAPE = (90, 16, 1031)
 
 
@@ -232,24 +227,6 @@ def test_no_memory_is_an_error():
         native_library.call("statistics", problem)
 
 
-def run(instruction_set: str, *command: str) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
-    env = {**os.environ, "FASTSD_CPU_ISA": instruction_set, "PYTHONPATH": paths}
-    return subprocess.run(
-        [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True
-    )
-
-
-def runs_here(instruction_set: str) -> bool:
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    needed = {
-        "avx2": {"avx2", "fma", "f16c"},
-        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-        "avx512_bf16": {"avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    }
-    return needed.get(instruction_set, set()) <= set(flags)
-
-
 OTHERS = "not instruction_set and not best_that_runs"  # else they would start themselves again
 FEW = f"(every_option and lean or ragged and all or rows_at_a_time or layouts or used) and {OTHERS}"
 
@@ -267,7 +244,7 @@ def test_each_instruction_set(instruction_set, select):
         return
     if instruction_set == native_library.instruction_set():
         return  # this process's own
-    files = [str(Path(__file__).with_name(f"test_loss_head_native{x}.py")) for x in ("", "_calls")]
+    files = [str(Path(__file__).with_name(f"test_native{x}.py")) for x in ("", "_calls")]
     found = run(
         instruction_set, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select, *files
     )
@@ -278,17 +255,6 @@ def test_each_instruction_set(instruction_set, select):
 def test_the_forced_one_is_used():
     forced = os.environ.get("FASTSD_CPU_ISA")
     assert native_library.instruction_set() == forced or not forced
-
-
-PROBE = """
-import torch
-from fastsd_kernels.loss_head import implementation_choice
-from fastsd_kernels.native_library import instruction_set
-try:
-    print(implementation_choice("native", "cpu", torch.float32)[0], instruction_set())
-except RuntimeError as error:
-    print(error)
-"""
 
 
 @linux

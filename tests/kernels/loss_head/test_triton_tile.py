@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastsd_kernels.loss_head import triton_tile
 from fastsd_kernels.loss_head.contract import Options
-from fastsd_kernels.loss_head.triton_configs import (
+from fastsd_kernels.loss_head.triton import tile
+from fastsd_kernels.loss_head.triton.configs import (
     SPLIT_COLUMNS,
     architecture,
     row_config,
@@ -25,11 +25,11 @@ from fastsd_kernels.loss_head.triton_configs import (
 )
 from fastsd_kernels.testing import loss_head_inputs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run_interpreted(marker: str, cache: Path) -> None:
-    file = Path(__file__).parent / "interpreted" / "test_triton_tile.py"
+    file = Path(__file__).parent / "interpreted" / "test_tile.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", str(file)],
         cwd=ROOT, capture_output=True, text=True,
@@ -83,12 +83,12 @@ def test_splits_hold_whole_tiles_and_row_blocks_are_powers_of_two():
 )
 def test_access_follows_widths_and_strides(dtype, width, stride, expected):
     x = torch.zeros(4096, dtype=dtype).as_strided((5, width), (stride, 1))
-    assert triton_tile.accesses([x, None]) == expected
+    assert tile.accesses([x, None]) == expected
 
 
 def test_an_unaligned_base_rules_out_descriptors_and_vectors():
     x = torch.zeros(4096, dtype=torch.bfloat16)[1:].as_strided((5, 64), (64, 1))
-    assert triton_tile.accesses([x]) == ("scalar",)
+    assert tile.accesses([x]) == ("scalar",)
 
 
 gpu = pytest.mark.gpu
@@ -114,7 +114,7 @@ def exact(x: dict, side: str, o: Options) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_sums_match_fp64(dtype, width, options):
     o, x = Options(**options), on_gpu(333, width, 10_007, dtype)
-    sums = triton_tile.row_sums(**x, options=o).double().cpu()
+    sums = tile.row_sums(**x, options=o).double().cpu()
     z_s, z_t = exact(x, "student", o), exact(x, "teacher", o)
     gap = z_s - z_t
     lse_s, lse_t = sums[:, 0] + sums[:, 1].log(), sums[:, 4] + sums[:, 5].log()
@@ -132,17 +132,17 @@ def test_gpu_sums_match_fp64(dtype, width, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_rows_do_not_depend_on_their_batch(dtype):
     x = on_gpu(1000, 128, 9000, dtype)
-    whole = triton_tile.row_sums(**x, options=Options())
-    assert torch.equal(whole, triton_tile.row_sums(**x, options=Options()))
+    whole = tile.row_sums(**x, options=Options())
+    assert torch.equal(whole, tile.row_sums(**x, options=Options()))
     for start, stop in ((0, 1), (1, 130), (130, 131), (131, 1000)):
         part = {k: v[start:stop] if k.endswith(("_TD", "_T")) else v for k, v in x.items()}
-        assert torch.equal(whole[start:stop], triton_tile.row_sums(**part, options=Options()))
+        assert torch.equal(whole[start:stop], tile.row_sums(**part, options=Options()))
 
 
 @gpu
 def test_gpu_equal_streams_give_equal_columns_and_many_rows_work():
     x = on_gpu(66_000, 64, 500, torch.bfloat16)
     x["teacher_TD"] = x["student_TD"]
-    sums = triton_tile.row_sums(**x, options=Options(softcap=5.0))
+    sums = tile.row_sums(**x, options=Options(softcap=5.0))
     assert torch.equal(sums[:, :2], sums[:, 4:6]) and torch.equal(sums[:, 7], sums[:, 8])
     assert not sums[:, 2].any() and not sums[:, 6].any()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernels.prefix_attention_cases import BF16_ROUNDING, LONG, TREES, attend, check, inputs, step
-from kernels.test_loss_head_native_calls import run, runs_here
+from instruction_sets import run, runs_here
+from prefix_attention_cases import BF16_ROUNDING, LONG, TREES, attend, check, inputs, step
 
 from fastsd_kernels.prefix_attention import PrefixTree, cpu_flash, merged, shared_prefix_attention
 from fastsd_kernels.prefix_attention.reference import dense_mask

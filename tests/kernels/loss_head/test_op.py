@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.loss_head_cases import (
+from loss_head_cases import (
     FP64_ERROR,
     HERE,
     LEAVES,

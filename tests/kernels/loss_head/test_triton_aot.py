@@ -17,9 +17,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from fastsd_kernels.loss_head import triton_tile
-from fastsd_kernels.loss_head.triton_configs import tile_config
-from kernels import aot
+import aot
+
+from fastsd_kernels.loss_head.triton import tile
+from fastsd_kernels.loss_head.triton.configs import tile_config
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
@@ -103,7 +104,7 @@ def test_a_spilling_configuration_is_rejected():
     """The tile of the table folded in one piece: what PIECES is for."""
     config = replace(tile_config((9, 0), torch.bfloat16, ("pointers",), 2), PIECES=1)
     options = ("bias", "softcap", "shift")
-    case = triton_tile._aot_case("bf16", "pointers", config, "shared head", options, False)
+    case = tile._aot_case("bf16", "pointers", config, "shared head", options, False)
     found = aot.compile_case(case, "sm_90")
     assert found.spills > 0 and found.stack_bytes > 0
     with pytest.raises(AssertionError, match="spills, so it may not be in the table"):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernels.test_loss_head_native_calls import SETS, linux, run, runs_here
-from kernels.test_prefix_decode import BF16, FP32, FP64, IMPLS, needs_library
+from decode_cases import BF16, FP32, FP64, IMPLS, needs_library
+from instruction_sets import SETS, linux, run, runs_here
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastsd_kernels import PrefixDecodeCache, native_library
@@ -218,8 +218,9 @@ def test_each_instruction_set(name):
     """Both decoding kernels; the choice is made once a process."""
     if not runs_here(name) or name == instruction_set():
         return  # this process's own
-    names = ("prefix_decode", "prefix_decode_calls", "packed_linear")
-    files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
+    folder = Path(__file__).parent
+    files = [folder / "test_decode.py", folder / "test_calls.py"]
+    files.append(folder.parent / "test_packed_linear.py")
     select = "(native or bits or ragged or strides or number) and not torch- and not each_instr"
     found = run(
         name, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select, *map(str, files)

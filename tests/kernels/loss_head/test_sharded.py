@@ -39,7 +39,7 @@ from fastsd_kernels.testing import (
     relative_error,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("sharded_worker.py")
 LEAVES = ("student_TD", "head_VD", "bias_V")
 GRADIENTS = ("d student_TD", "d head_VD", "d bias_V")
