@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
+from all_pairs import sweep
 from loss_head_options import DIVERGENCES, OPTIONS
 
+from fastsd_kernels.loss_head.contract import Options
 from fastsd_kernels.testing import (
     BF16_GRADIENT_ERROR,
     FP32_ERROR,
@@ -13,6 +17,7 @@ from fastsd_kernels.testing import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
+DTYPES = (FP32, BF16)
 GRADIENTS = ("d student_TD", "d head_VD", "d bias_V")
 DROPPED = {
     "all": (),
@@ -26,6 +31,21 @@ CASES += [("divergence", {"divergence": d, "beta": 0.3}) for d in DIVERGENCES]
 CASES += [("policy", {}), ("policy", {"clip": 0.2}), ("no teacher", {})]
 CASES += [("no teacher", {"softcap": 2.0, "temperature": 0.7})]
 CASE_IDS = [f"{terms} {options}" for terms, options in CASES]
+
+
+def native_sweep(**others: list | tuple) -> list:
+    """CASES times the values of other factors as parameters, all pairs of options in the fast
+    tier."""
+    cases = []
+    for (terms, options), *values in product(CASES, *others.values()):
+        factors = {
+            "terms": terms,
+            **vars(Options(**options)),
+            **dict(zip(others, values, strict=True)),
+        }
+        name = "-".join(map(str, (f"{terms} {options}", *values)))
+        cases.append(((terms, options, *values), name, factors))
+    return sweep(cases)
 
 
 def inputs(shape, dtype, terms="all", **more):

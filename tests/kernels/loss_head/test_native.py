@@ -15,11 +15,13 @@ from native_cases import (
     BF16,
     CASE_IDS,
     CASES,
+    DTYPES,
     FP32,
     GRADIENTS,
     budgets,
     check,
     inputs,
+    native_sweep,
     without_clip,
 )
 
@@ -37,8 +39,7 @@ RAGGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("terms, options", CASES, ids=CASE_IDS)
+@pytest.mark.parametrize("terms, options, dtype", native_sweep(dtype=DTYPES))
 def test_every_option(terms, options, dtype):
     x = inputs((45, 33, 1031), dtype, terms)
     options = without_clip(options, x)
@@ -185,9 +186,9 @@ def test_equal_streams_give_exactly_zero(terms, options):
                 assert not found[name].any(), (name, dtype, shape)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("scale", [1e4, 30.0])
-@pytest.mark.parametrize("terms, options", CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(
+    "terms, options, scale, dtype", native_sweep(scale=[1e4, 30.0], dtype=DTYPES)
+)
 def test_extreme_logits_stay_finite(terms, options, scale, dtype):
     x = inputs((16, 4, 63), dtype, terms)
     options = without_clip(options, x)
@@ -230,8 +231,9 @@ def test_one_certain_token(dtype):
             torch.testing.assert_close(found[name].double(), exact[name], rtol=rtol, atol=1e-4)
 
 
-@pytest.mark.parametrize("terms, options", CASES, ids=CASE_IDS)
-@pytest.mark.parametrize("where", ["student_TD", "teacher_TD", "head_VD"])
+@pytest.mark.parametrize(
+    "terms, options, where", native_sweep(where=["student_TD", "teacher_TD", "head_VD"])
+)
 def test_not_a_number_stays_visible(where, terms, options):
     """A bad number in must come out, or a guard against non-finite gradients has nothing to see."""
     for dtype in (FP32, BF16):

@@ -14,13 +14,14 @@ from instruction_sets import PROBE, SETS, linux, run, runs_here
 from loss_head_options import evaluate, widened
 from native_cases import (
     BF16,
-    CASE_IDS,
     CASES,
+    DTYPES,
     FP32,
     GRADIENTS,
     budgets,
     check,
     inputs,
+    native_sweep,
     without_clip,
 )
 
@@ -59,8 +60,7 @@ def small_scratch(monkeypatch, rows: int, again: bool, shape=SHAPE):
     monkeypatch.setattr(native, "_SMALLEST_CHUNK", 256 if again else 1)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("terms, options", CASES, ids=CASE_IDS)
+@pytest.mark.parametrize("terms, options, dtype", native_sweep(dtype=DTYPES))
 def test_rows_beyond_the_scratch(terms, options, dtype, monkeypatch, plans):
     """They go in chunks or are computed again; the results are the same."""
     x = inputs(SHAPE, dtype, terms)
@@ -229,15 +229,18 @@ def test_no_memory_is_an_error():
 
 OTHERS = "not instruction_set and not best_that_runs"  # else they would start themselves again
 FEW = f"(every_option and lean or ragged and all or rows_at_a_time or layouts or used) and {OTHERS}"
+ALL = f"not 49152 and {OTHERS}"  # GEMMs of that size take minutes without vector instructions
 
 
 @linux
 @pytest.mark.parametrize(
-    "select", [FEW, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["few", "all"]
+    "select, least",
+    [(FEW, 50), pytest.param(ALL, 700, marks=pytest.mark.slow)],
+    ids=["few", "all"],
 )
 @pytest.mark.parametrize("instruction_set", SETS)
-def test_each_instruction_set(instruction_set, select):
-    """The tests of these two files with that set; the choice is made once a process."""
+def test_each_instruction_set(instruction_set, select, least):
+    """The tests of these two files, slow ones too, with that set, chosen once a process."""
     if not runs_here(instruction_set):
         found = run(instruction_set, "-c", PROBE).stdout
         assert f"FASTSD_CPU_ISA='{instruction_set}' names no instruction set" in found
@@ -245,11 +248,10 @@ def test_each_instruction_set(instruction_set, select):
     if instruction_set == native_library.instruction_set():
         return  # this process's own
     files = [str(Path(__file__).with_name(f"test_native{x}.py")) for x in ("", "_calls")]
-    found = run(
-        instruction_set, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select, *files
-    )
+    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", select)
+    found = run(instruction_set, *options, *files)
     assert found.returncode == 0, found.stdout[-3000:]
-    assert int(found.stdout.rsplit(" passed")[0].split()[-1]) > 50
+    assert int(found.stdout.rsplit(" passed")[0].split()[-1]) > least
 
 
 def test_the_forced_one_is_used():
