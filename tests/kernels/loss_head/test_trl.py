@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from importlib import import_module
 
 import pytest
 import torch
-from trl.experimental.sdpo import loss_utils
 
 from fastsd_kernels import fused_linear_loss, fused_linear_statistics
 from fastsd_kernels.testing import FP32_ERROR, loss_head_inputs, relative_error
@@ -18,6 +15,12 @@ TEMPERATURE = 1.1
 # TRL's alpha by our setting: alpha 0 is KL(T||S), 1 is KL(S||T), between them the JSD.
 ALPHAS = [("forward_kl", 0.5, 0.0), ("reverse_kl", 0.5, 1.0), ("jsd", 0.25, 0.25),
           ("jsd", 0.0, 0.0), ("jsd", 1.0, 1.0), ("jsd", 0.8, 0.8)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loss_utils():
+    """Not at collection, which every run of any test pays for."""
+    return import_module("trl_training").loss_utils
 
 
 def make(dtype):
@@ -48,7 +51,7 @@ def check_parity(x, per_token_T, impl, budget, **options):
 @pytest.mark.parametrize("dtype, budget", [(torch.float64, 1e-11), (torch.float32, FP32_ERROR)])
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("divergence, beta, alpha", ALPHAS)
-def test_compute_divergence(divergence, beta, alpha, impl, dtype, budget):
+def test_compute_divergence(divergence, beta, alpha, impl, dtype, budget, loss_utils):
     x = make(dtype)
     student, teacher = trl_logits(x)
     per_token_T = loss_utils.compute_divergence(
@@ -60,7 +63,7 @@ def test_compute_divergence(divergence, beta, alpha, impl, dtype, budget):
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("divergence, beta, alpha", ALPHAS)
-def test_topk_self_distillation(divergence, beta, alpha, tail, impl):
+def test_topk_self_distillation(divergence, beta, alpha, tail, impl, loss_utils):
     x = make(torch.float64)
     per_token_T = loss_utils.compute_topk_self_distillation_loss(
         *trl_logits(x), distillation_topk=9, distillation_alpha=alpha, distillation_add_tail=tail
@@ -69,7 +72,7 @@ def test_topk_self_distillation(divergence, beta, alpha, tail, impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
-def test_sampled_token(impl):
+def test_sampled_token(impl, loss_utils):
     x = make(torch.float64)
     student, teacher = (z[None] for z in trl_logits(x))
     per_token_T = loss_utils.compute_sampled_token_self_distillation_loss(
@@ -78,7 +81,7 @@ def test_sampled_token(impl):
     check_parity(x, per_token_T, impl, 1e-11, divergence="sampled_token")
 
 
-def test_importance_sampling_clip_is_a_divergence_weight():
+def test_importance_sampling_clip_is_a_divergence_weight(loss_utils):
     """SDPO's min(exp(log p_S - log p_old), 2) has no gradient: it is a weight from statistics."""
     x = make(torch.float64)
     student, teacher = trl_logits(x)
