@@ -1,7 +1,7 @@
 """CUDA: torch's flash kernels and the flash-attn package against fp64 on the CPU.
 
 These have not run yet: no machine so far had a GPU. The plan they share is tested on the CPU in
-test_prefix_attention_varlen.py.
+test_varlen.py.
 """
 
 from __future__ import annotations
