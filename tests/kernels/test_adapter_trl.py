@@ -7,29 +7,19 @@ promise is 1e-5 after three optimizer steps. Models are random; nothing is downl
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
-from trl.experimental.sdft import SDFTTrainer
-from trl.experimental.sdpo import SDPOTrainer
 
-from bench.bench_trl_adapter import build_trainer, compare, disagreement, fused, line, save_model
 from fastsd_kernels import fused_linear_loss
-from fastsd_kernels.adapters import trl as adapter
-from fastsd_kernels.adapters.trl import FusedLossHead
 from fastsd_kernels.testing import FP32_ERROR, relative_error
 
-VOCABULARY, ROWS, COMPLETION = 60, 4, 9
+VOCABULARY = 60
 FULL = {"distillation_mode": "full_logits"}
 TOP_K = {"distillation_mode": "topk_logits", "distillation_topk": 7}
 NO_TEACHER = {"include_environment_feedback": False, "use_successful_as_teacher": False}
@@ -38,43 +28,21 @@ OFF_POLICY = {"num_iterations": 2, "learning_rate": 3e-2}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("tied"), VOCABULARY, hidden=16, layers=2)
+def trl():
+    """Not at collection, which every run of any test pays for."""
+    return import_module("trl_training")
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    return save_model(
+def folder(trl, tmp_path_factory):
+    return trl.save_model(tmp_path_factory.mktemp("tied"), VOCABULARY, hidden=16, layers=2)
+
+
+@pytest.fixture(scope="module")
+def untied(trl, tmp_path_factory):
+    return trl.save_model(
         tmp_path_factory.mktemp("untied"), VOCABULARY, hidden=16, layers=2, tied=False
     )
-
-
-def build(trainer, folder, **config):
-    fixed = {"rows": ROWS, "completion": COMPLETION, "max_steps": 3, "learning_rate": 1e-3}
-    config = {**fixed, **config}
-    return build_trainer(trainer, folder, **config)
-
-
-def check_same_training(trainer, folder, **config):
-    config = {"dtype": torch.float64, **config}
-    theirs = build(trainer, folder, **config)
-    ours = build(fused(trainer), folder, **config)
-    expected, found = train(theirs), train(ours)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-9, abs=1e-12)
-    for mine, other in zip(found["logs"], expected["logs"], strict=True):
-        for key in other.keys() - {key for key in other if key.endswith(("runtime", "second"))}:
-            assert mine[key] == pytest.approx(other[key], rel=1e-6, abs=1e-9), key
-    assert disagreement(found, expected)[1] <= 1e-9
-    return ours, theirs
-
-
-def train(trainer):
-    trainer.train()
-    return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "logs": trainer.state.log_history,
-        "weights": {name: p.detach() for name, p in trainer.model.named_parameters()},
-    }
 
 
 @pytest.mark.parametrize(
@@ -95,8 +63,8 @@ def train(trainer):
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "defaults",
 )
-def test_sdpo_trains_the_same(options, folder):
-    check_same_training(SDPOTrainer, folder, **options)
+def test_sdpo_trains_the_same(options, trl, folder):
+    trl.check_same_training(trl.SDPOTrainer, folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -104,48 +72,57 @@ def test_sdpo_trains_the_same(options, folder):
     [{}, {**FULL, "num_loss_tokens_to_skip": 3}, {**OFF_POLICY, "distillation_add_tail": True}],
     ids=["defaults", "full", "off policy"],
 )
-def test_sdft_trains_the_same(options, folder):
-    check_same_training(SDFTTrainer, folder, **{"distillation_topk": 7, **options})
+def test_sdft_trains_the_same(options, trl, folder):
+    trl.check_same_training(trl.SDFTTrainer, folder, **{"distillation_topk": 7, **options})
 
 
-def test_untied_head_and_evaluation(untied):
+def test_untied_head_and_evaluation(trl, untied):
     key = "eval_self_distillation/distillation_loss"
     found = []
-    for trainer in check_same_training(SDPOTrainer, untied, **FULL):
+    for trainer in trl.check_same_training(trl.SDPOTrainer, untied, **FULL):
         loss = trainer.evaluate(trainer.train_dataset)["eval_loss"]
         found.append([loss, trainer.state.log_history[-1][key]])
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("teacher", ["base", "ema", "live"])
-def test_lora_trains_the_same(teacher, folder):
+def test_lora_trains_the_same(teacher, trl, folder):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     def with_lora():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 
     runs = []
-    for trainer in (fused(SDPOTrainer), SDPOTrainer):
+    for trainer in (trl.fused(trl.SDPOTrainer), trl.SDPOTrainer):
         options = {**FULL, "teacher_model_kind": teacher, "learning_rate": 3e-2}
-        runs.append(train(build(trainer, folder, model=with_lora(), **options)))
+        runs.append(trl.train(trl.build(trainer, folder, model=with_lora(), **options)))
     assert runs[0]["losses"] == pytest.approx(runs[1]["losses"], rel=1e-9)
     trained = {n: w for n, w in runs[1]["weights"].items() if w.norm() > 0}
-    assert disagreement(runs[0], {**runs[1], "weights": trained})[1] <= 1e-9
+    assert trl.disagreement(runs[0], {**runs[1], "weights": trained})[1] <= 1e-9
 
 
 @pytest.mark.parametrize(
     "trainer, options",
-    [(SDPOTrainer, {}), (SDPOTrainer, {**FULL, "distillation_alpha": 0.5}), (SDFTTrainer, FULL)],
+    [
+        ("SDPOTrainer", {}),
+        ("SDPOTrainer", {**FULL, "distillation_alpha": 0.5}),
+        ("SDFTTrainer", FULL),
+    ],
     ids=["SDPO defaults", "SDPO JSD", "SDFT JSD"],
 )
-def test_three_steps_in_fp32(trainer, options, tmp_path):
+def test_three_steps_in_fp32(trainer, options, trl, tmp_path):
     """The promise: same loss and weights to 1e-5, with the time and the peak memory of both.
 
     Top-k is left to fp64 above: in fp32 two entries may tie to rounding, and either is right.
     """
-    folder = save_model(tmp_path, 4000, hidden=32, layers=1)
-    row = compare(trainer, folder, rows=ROWS, completion=48, max_steps=3, **options)
-    print(line(f"{trainer.__name__} {options}", row))
+    folder = trl.save_model(tmp_path, 4000, hidden=32, layers=1)
+    row = trl.compare(
+        getattr(trl, trainer), folder, rows=trl.ROWS, completion=48, max_steps=3, **options
+    )
+    print(trl.line(f"{trainer} {options}", row))
     assert max(row["loss_difference"], row["weight_difference"]) <= 1e-5
     assert min(row["trl_cpu_s"], row["fused_cpu_s"]) > 0
 
@@ -165,14 +142,15 @@ class _Shapes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("trainer, expected", [(SDPOTrainer, True), (fused(SDPOTrainer), False)])
-def test_no_logits_of_any_model(trainer, expected, folder):
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_no_logits_of_any_model(with_adapter, trl, folder):
+    trainer = trl.fused(trl.SDPOTrainer) if with_adapter else trl.SDPOTrainer
     with _Shapes(VOCABULARY) as shapes:
-        build(trainer, folder, max_steps=2, **OFF_POLICY, **FULL).train()
-    assert shapes.found == expected
+        trl.build(trainer, folder, max_steps=2, **OFF_POLICY, **FULL).train()
+    assert shapes.found != with_adapter
 
 
-def test_bf16_autocast_reaches_the_loss_head(folder, monkeypatch):
+def test_bf16_autocast_reaches_the_loss_head(trl, folder, monkeypatch):
     """Operands in bf16, logits in fp32: exact to fp32 rounding for the bf16 operands."""
     seen = []
 
@@ -184,9 +162,9 @@ def test_bf16_autocast_reaches_the_loss_head(folder, monkeypatch):
         seen.append((operands, ids, mask, loss.item()))
         return loss, mean
 
-    completion_loss = adapter.completion_loss
-    monkeypatch.setattr(adapter, "completion_loss", recorded)
-    build(fused(SDPOTrainer), folder, max_steps=1, bf16=True, **FULL).train()
+    completion_loss = trl.adapter.completion_loss
+    monkeypatch.setattr(trl.adapter, "completion_loss", recorded)
+    trl.build(trl.fused(trl.SDPOTrainer), folder, max_steps=1, bf16=True, **FULL).train()
     (student, head, teacher, teacher_head), ids, mask, loss = seen[0]
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
     exact = fused_linear_loss(
@@ -201,10 +179,10 @@ def _first(future):
     return future.value()[0]
 
 
-def test_distributed_data_parallel_sees_an_untied_head(untied):
+def test_distributed_data_parallel_sees_an_untied_head(trl, untied):
     """find_unused_parameters, Trainer's default, fails on a parameter used outside the forward."""
-    trainer = build(fused(SDPOTrainer), untied, teacher_model_kind="live", **FULL)
-    batch = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(ROWS)])
+    trainer = trl.build(trl.fused(trl.SDPOTrainer), untied, teacher_model_kind="live", **FULL)
+    batch = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(trl.ROWS)])
     trainer.compute_loss(trainer.model, batch).backward()
     expected = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()
@@ -244,21 +222,23 @@ class _Stub:
      ("torch_compile", True), ("n_gpu", 2), ("is_fsdp_enabled", True),
      ("is_deepspeed_enabled", True)],
 )  # fmt: skip
-def test_settings_it_cannot_honour_are_refused_by_name(setting, value):
-    kind = type("Fused", (FusedLossHead, _Stub), {})
+def test_settings_it_cannot_honour_are_refused_by_name(setting, value, trl):
+    kind = type("Fused", (trl.adapter.FusedLossHead, _Stub), {})
     kind()
     with pytest.raises(ValueError, match=f"{setting}: .* no FusedLossHead, got {value!r}"):
         kind(**{setting: value})
 
 
-def test_refusals_of_the_real_trainer(folder):
+def test_refusals_of_the_real_trainer(trl, folder):
     with pytest.raises(ValueError, match="distillation_weight: .* got 0.5"):
-        build(fused(SDPOTrainer), folder, distillation_weight=0.5)
+        trl.build(trl.fused(trl.SDPOTrainer), folder, distillation_weight=0.5)
     with pytest.raises(ValueError, match="distillation_topk"):
-        build(fused(SDPOTrainer), folder, distillation_mode="topk_logits").train()
+        trl.build(trl.fused(trl.SDPOTrainer), folder, distillation_mode="topk_logits").train()
     with pytest.raises(ValueError, match="top_k: .*got 61"):
-        build(fused(SDPOTrainer), folder, **{**TOP_K, "distillation_topk": VOCABULARY + 1}).train()
+        trl.build(
+            trl.fused(trl.SDPOTrainer), folder, **{**TOP_K, "distillation_topk": VOCABULARY + 1}
+        ).train()
     with pytest.raises(ValueError, match="impl: .*no_such"):
-        trainer = build(fused(SDPOTrainer), folder)
+        trainer = trl.build(trl.fused(trl.SDPOTrainer), folder)
         trainer.loss_head_impl = "no_such"
         trainer.train()

@@ -13,23 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from c_probe import HEADER, needs_compiler, output, printed
 
 from fastsd_kernels import fused_linear_loss, native_library
 from fastsd_kernels.loss_head import implementation_choice
 from fastsd_kernels.testing import loss_head_inputs
 
 ROOT = Path(__file__).parents[2]
-HEADER = ROOT / "csrc" / "fastsd_native.h"
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def needs(tool: str):
     return pytest.mark.skipif(shutil.which(tool) is None, reason=f"needs {tool}")
-
-
-def output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -102,16 +96,6 @@ def test_constants_are_those_of_the_header(tmp_path):
     expected["FASTSD_COLUMNS"] = len(native_library.COLUMNS)
     found = printed(tmp_path, [f'printf("{name} %d\\n", {name});' for name in expected])
     assert found == {name: [value] for name, value in expected.items()}
-
-
-def printed(folder: Path, lines: list[str]) -> dict[str, list[int]]:
-    """What a C program with these lines prints: names and numbers."""
-    source = folder / "probe.cpp"
-    includes = f'#include "{HEADER}"\n#include <cstddef>\n#include <cstdio>\n'
-    source.write_text(f"{includes}int main() {{ {' '.join(lines)} }}\n")
-    output("g++", source, "-o", folder / "probe")
-    words = [line.split() for line in output(folder / "probe").splitlines()]
-    return {name: [int(x) for x in values] for name, *values in words}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import ctypes
 
 import pytest
 import torch
-from kernels.test_native_build import needs_compiler, printed
+from c_probe import needs_compiler, printed
 
 from fastsd_kernels import PackedLinear, native_library
 from fastsd_kernels.native_library import instruction_set

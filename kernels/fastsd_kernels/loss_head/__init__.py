@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from .contract import Inputs, LossHeadOutput, LossHeadStatistics, Options
 from .dispatch import implementation_choice, implementation_name
 from .op import STATISTICS, has_statistic, linear_loss, linear_statistics
-from .validation import autocast_dtype, check_inputs, check_options, check_terms
+from .validation import check_inputs, check_options, check_terms
 
 __all__ = [
     "LossHeadOutput",
@@ -41,16 +42,16 @@ def fused_linear_loss(
     divergence_weight_T: Tensor | None = None,
     policy_weight_T: Tensor | None = None,
     old_logprob_T: Tensor | None = None,
-    clip: float | None = None,
+    clip: float | None = Options.clip,
     entropy_weight_T: Tensor | None = None,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    top_k: int | None = None,
-    tail: bool = True,
-    entry_clip: float | None = None,
+    divergence: str = Options.divergence,
+    beta: float = Options.beta,
+    temperature: float = Options.temperature,
+    logit_scale: float = Options.logit_scale,
+    softcap: float | None = Options.softcap,
+    top_k: int | None = Options.top_k,
+    tail: bool = Options.tail,
+    entry_clip: float | None = Options.entry_clip,
     impl: str = "auto",
 ) -> LossHeadOutput:
     """sum_t [ w_div D_t + P_t - w_ent H_t ] from hidden states, without [T, V] logits.
@@ -111,14 +112,11 @@ def fused_linear_loss(
     )
     if not torch.compiler.is_compiling():  # the operator and its fake check too
         check_inputs(inputs)
-        check_terms(inputs, check_options(head_VD, **vars(options)))
+        check_terms(inputs, check_options(head_VD, options))
     inputs = _prepared(inputs)
     name = _resolved(impl, inputs)
-    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
-    train = torch.is_grad_enabled()
-    wanted = [train and x is not None and x.requires_grad for x in leaves]
     flat = (*vars(inputs).values(), *vars(options).values())
-    loss, _, _, _, *rows = linear_loss(*flat, name, wanted)
+    loss, _, _, _, *rows = linear_loss(*flat, name, inputs.wanted())
     return LossHeadOutput(loss=loss, impl=name, **_named(rows, inputs, options))
 
 
@@ -131,14 +129,14 @@ def fused_linear_statistics(
     teacher_head_VD: Tensor | None = None,
     bias_V: Tensor | None = None,
     mask_T: Tensor | None = None,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    top_k: int | None = None,
-    tail: bool = True,
-    entry_clip: float | None = None,
+    divergence: str = Options.divergence,
+    beta: float = Options.beta,
+    temperature: float = Options.temperature,
+    logit_scale: float = Options.logit_scale,
+    softcap: float | None = Options.softcap,
+    top_k: int | None = Options.top_k,
+    tail: bool = Options.tail,
+    entry_clip: float | None = Options.entry_clip,
     impl: str = "auto",
 ) -> LossHeadStatistics:
     """The detached statistics of `fused_linear_loss`, at two GEMMs (one without a teacher).
@@ -150,7 +148,7 @@ def fused_linear_statistics(
     options = Options(divergence, beta, temperature, logit_scale, softcap, top_k, tail, entry_clip)
     if not torch.compiler.is_compiling():
         check_inputs(inputs, mask_T)
-        check_options(head_VD, **vars(options))
+        check_options(head_VD, options)
     inputs = _prepared(inputs)
     name = _resolved(impl, inputs)
     tensors, settings = list(vars(inputs).values())[:6], list(vars(options).values())[:-1]

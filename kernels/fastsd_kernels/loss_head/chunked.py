@@ -27,14 +27,17 @@ TILE_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: it runs on any device, with any floating point dtype."""
     return None
 
 
 def statistics(inputs: Inputs, options: Options) -> RowStatistics:
+    """The statistics alone, by the same pass without gradients."""
     return evaluate(inputs, options, (False, False, False)).statistics
 
 
 def evaluate(inputs: Inputs, options: Options, wanted: tuple[bool, bool, bool]) -> Evaluation:
+    """Loss, statistics and the wanted gradients; see contract.py."""
     rows, vocabulary = inputs.student_TD.shape[0], inputs.head_VD.shape[0]
     dtype, device = inputs.statistics_dtype, inputs.student_TD.device
     streams = 1 if inputs.teacher_TD is None else 2

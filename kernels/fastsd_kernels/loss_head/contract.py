@@ -24,7 +24,11 @@ LOG_RATIO_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Options:
-    """Validated settings: jsd has 0 < beta < 1 and top_k < V; their limits are other settings."""
+    """The settings of a call; the defaults of all four public functions are these.
+
+    As an implementation sees them they are validated: jsd has 0 < beta < 1 and top_k < V; their
+    limits are other settings.
+    """
 
     divergence: str = "forward_kl"
     beta: float = 0.5
@@ -51,6 +55,16 @@ class Inputs:
     policy_weight_T: Tensor | None = None
     old_logprob_T: Tensor | None = None
     entropy_weight_T: Tensor | None = None
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may have a gradient."""
+        return self.student_TD, self.head_VD, self.bias_V
+
+    def wanted(self) -> list[bool]:
+        """Of each leaf, whether autograd wants its gradient now."""
+        train = torch.is_grad_enabled()
+        return [train and isinstance(x, Tensor) and x.requires_grad for x in self.leaves]
 
     @property
     def statistics_dtype(self) -> torch.dtype:

@@ -13,12 +13,7 @@ from types import ModuleType
 
 import torch
 
-_MODULES = {
-    "reference": "reference",
-    "chunked": "chunked",
-    "native": "native",
-    "triton": "fused",
-}
+_NAMES = ("reference", "chunked", "native", "triton")
 _FASTEST = {"cuda": "triton", "cpu": "native"}
 _ANYWHERE = "chunked"
 
@@ -55,8 +50,8 @@ def implementation_choice(
         if reason is None:
             return fastest, f"the fastest on {device.type}"
         return _ANYWHERE, f"{fastest} is not available: {reason}"
-    if impl not in _MODULES:
-        raise ValueError(f"impl: expected one of {', '.join(['auto', *_MODULES])}, got {impl!r}")
+    if impl not in _NAMES:
+        raise ValueError(f"impl: expected one of {', '.join(['auto', *_NAMES])}, got {impl!r}")
     reason = _why_not(impl, device, dtype)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} is not available: {reason}")
@@ -80,7 +75,7 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _module(name: str) -> ModuleType | None:
-    full_name = f"{__package__}.{_MODULES[name]}"
+    full_name = f"{__package__}.{name}"
     try:
         return import_module(full_name)
     except ModuleNotFoundError as error:

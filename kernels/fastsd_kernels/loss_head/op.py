@@ -96,7 +96,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _loss_call(args: tuple) -> tuple[Inputs, Options, str, Wanted]:
     *flat, impl, wanted = args
     inputs = Inputs(*flat[:10])
-    options = check_options(inputs.head_VD, **vars(Options(*flat[10:])))
+    options = check_options(inputs.head_VD, Options(*flat[10:]))
     check_inputs(inputs)
     check_terms(inputs, options)
     if len(wanted) != 3 or (wanted[2] and inputs.bias_V is None):
@@ -108,12 +108,11 @@ def _loss_call(args: tuple) -> tuple[Inputs, Options, str, Wanted]:
 
 
 def _empty_loss(inputs: Inputs, options: Options, wanted: Wanted) -> tuple[Tensor, ...]:
-    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
     return (
         inputs.student_TD.new_empty((), dtype=inputs.statistics_dtype),
         *(
             x.new_empty(x.shape) if want and x is not None else _absent(inputs)
-            for x, want in zip(leaves, wanted, strict=True)
+            for x, want in zip(inputs.leaves, wanted, strict=True)
         ),
         *_empty_statistics(inputs, options),
     )
@@ -172,7 +171,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def _statistics_call(args: tuple) -> tuple[Inputs, Tensor | None, Options, str]:
     *flat, impl = args
     inputs, mask_T = Inputs(*flat[:6]), flat[6]
-    options = check_options(inputs.head_VD, **vars(Options(*flat[7:])))
+    options = check_options(inputs.head_VD, Options(*flat[7:]))
     check_inputs(inputs, mask_T)
     return inputs, mask_T, options, impl
 

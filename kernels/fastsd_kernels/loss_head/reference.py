@@ -29,6 +29,7 @@ from .contract import (
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: it runs on any device, with any floating point dtype."""
     return None
 
 
@@ -94,6 +95,7 @@ def loss(inputs: Inputs, options: Options) -> tuple[Tensor, RowStatistics]:
 
 
 def statistics(inputs: Inputs, options: Options) -> RowStatistics:
+    """The definition's statistics, without a graph."""
     with torch.no_grad():
         return loss(inputs, options)[1]
 

@@ -44,8 +44,7 @@ def row_tile(
     slope_TV = _scale_(logits[0], options, gradient)
     p_s_TV = torch.softmax(logits[0], -1, out=spare[0])
     l_s_TV = torch.log_softmax(logits[0], -1, out=logits[0])
-    target_T1 = rows.target_T[:, None]
-    logprob_T = l_s_TV.gather(1, target_T1)[:, 0]
+    logprob_T = l_s_TV.gather(1, rows.target_T[:, None])[:, 0]
     entropy_T = -torch.mul(p_s_TV, l_s_TV, out=spare[1]).sum(-1)
     found = {"student_logprob_T": logprob_T, "entropy_T": entropy_T}
     loss_T = torch.zeros_like(logprob_T)
@@ -63,19 +62,11 @@ def row_tile(
         pull_T = slope_T if pull_T is None else pull_T + slope_T
         if clipped_T is not None:
             found["policy_clipped_T"] = clipped_T
-    bonus_T = rows.entropy_weight_T
-    if bonus_T is not None:
-        loss_T -= bonus_T * entropy_T
+    if rows.entropy_weight_T is not None:
+        loss_T -= rows.entropy_weight_T * entropy_T
     found["loss_T"] = loss_T
     if gradient:
-        terms = []
-        if bonus_T is not None:
-            terms.append(l_s_TV.add_(entropy_T[:, None]).mul_(p_s_TV).mul_(bonus_T[:, None]))
-        if divergence_TV is not None:
-            terms.append(divergence_TV)
-        if pull_T is not None:
-            pull_T1 = pull_T[:, None]
-            terms.append(p_s_TV.mul_(-pull_T1).scatter_add_(1, target_T1, pull_T1))
+        terms = _gradient_terms_(l_s_TV, p_s_TV, entropy_T, divergence_TV, pull_T, rows)
         _write_gradient(logits[0], terms, slope_TV, options)
     return found
 
@@ -114,6 +105,27 @@ def _teacher_terms(
     loss_T += weight_T * divergence.value_T
     g_TV = divergence.gradient_TK
     return None, None if g_TV is None else g_TV.mul_(weight_T[:, None])
+
+
+def _gradient_terms_(
+    l_s_TV: Tensor,
+    p_s_TV: Tensor,
+    entropy_T: Tensor,
+    divergence_TV: Tensor | None,
+    pull_T: Tensor | None,
+    rows: Rows,
+) -> list[Tensor]:
+    """The terms of the gradient in z. Overwrites l_s_TV and p_s_TV."""
+    terms = []
+    if rows.entropy_weight_T is not None:
+        slope_TV = l_s_TV.add_(entropy_T[:, None]).mul_(p_s_TV)
+        terms.append(slope_TV.mul_(rows.entropy_weight_T[:, None]))
+    if divergence_TV is not None:
+        terms.append(divergence_TV)
+    if pull_T is not None:
+        pull_T1 = pull_T[:, None]
+        terms.append(p_s_TV.mul_(-pull_T1).scatter_add_(1, rows.target_T[:, None], pull_T1))
+    return terms
 
 
 def _write_gradient(

@@ -8,15 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from .contract import Inputs, Options
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_token")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_options(head_VD: Tensor, **given) -> Options:
-    """Options with the limits made explicit: jsd's beta 0 and 1, and top_k = V."""
-    options = Options(**given)
+def check_options(head_VD: Tensor, options: Options) -> Options:
+    """The options with the limits made explicit: jsd's beta 0 and 1, and top_k = V.
+
+    Raises ValueError or TypeError naming the option.
+    """
     if options.divergence not in _DIVERGENCES:
         choices = ", ".join(_DIVERGENCES)
         raise ValueError(f"divergence: expected one of {choices}, got {options.divergence!r}")
@@ -116,13 +119,6 @@ def _check_placement(inputs: Inputs, mask_T: Tensor | None) -> None:
                 f"{name}: expected {_name(student.dtype)} like student_TD, got "
                 f"{_name(value.dtype)}; cast one of them or run under torch.autocast"
             )
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts matrices to on the device; None where it is off."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def check_terms(inputs: Inputs, options: Options) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from . import reference
 from .dispatch import implementation_name
 from .op import prefix_attention
 from .tree import PrefixTree
-from .validation import autocast_dtype, check_rows, check_tensors, check_tree, checked_scale
+from .validation import check_rows, check_tensors, check_tree, checked_scale
 
 __all__ = ["PrefixTree", "implementation_name", "shared_prefix_attention"]
 

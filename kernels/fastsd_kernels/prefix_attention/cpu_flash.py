@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .contract import Part
 from .plan import Call, segment_calls
 from .tree import PrefixTree
 
@@ -23,12 +24,14 @@ _FEW_ROWS = 128
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     if dtype not in DTYPES:
         return f"torch's CPU kernel takes floating point numbers, not {dtype}; cast the tensors"
     return None
 
 
 def calls(tree: PrefixTree, device: torch.device) -> tuple[Call, ...]:
+    """One call per segment."""
     return segment_calls(tree)
 
 
@@ -42,27 +45,13 @@ def forward(
     return out[0].transpose(0, 1), lse[0].T
 
 
-def backward(
-    grad_CNH: Tensor,
-    query_CNH: Tensor,
-    key_LKH: Tensor,
-    value_LKH: Tensor,
-    out_CNH: Tensor,
-    lse_CN: Tensor,
-    call: Call,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def backward(part: Part, call: Call, scale: float) -> tuple[Tensor, ...]:
     """The call's part of dq_CNH, dk_LKH and dv_LKH, of the query's dtype or wider."""
-    if query_CNH.shape[0] <= _FEW_ROWS:
-        grad_CNH, query_CNH, key_LKH, value_LKH, out_CNH = (
-            x.to(lse_CN.dtype) for x in (grad_CNH, query_CNH, key_LKH, value_LKH, out_CNH)
-        )
+    *tensors, lse_CN = part
+    if part.query_CNH.shape[0] <= _FEW_ROWS:
+        tensors = [x.to(lse_CN.dtype) for x in tensors]
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *map(_heads_first, (grad_CNH, query_CNH, key_LKH, value_LKH, out_CNH)),
-        lse_CN.T[None],
-        0.0,
-        call.causal,
-        scale=scale,
+        *map(_heads_first, tensors), lse_CN.T[None], 0.0, call.causal, scale=scale
     )
     return tuple(gradient[0].transpose(0, 1) for gradient in gradients)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .contract import Part
 from .plan import Call, Packing, level_calls
 from .tree import PrefixTree
 
@@ -18,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     return flash_limits(device, dtype, head_dim)
 
 
@@ -33,6 +35,7 @@ def flash_limits(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
 
 
 def calls(tree: PrefixTree, device: torch.device) -> tuple[Call, ...]:
+    """One call per level of the tree."""
     return level_calls(tree, device)
 
 
@@ -53,24 +56,12 @@ def forward(
     return out_CNH, lse_NC.T
 
 
-def backward(
-    grad_CNH: Tensor,
-    query_CNH: Tensor,
-    key_LKH: Tensor,
-    value_LKH: Tensor,
-    out_CNH: Tensor,
-    lse_CN: Tensor,
-    call: Call,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def backward(part: Part, call: Call, scale: float) -> tuple[Tensor, ...]:
     """The call's part of dq_CNH, dk_LKH and dv_LKH."""
-    no_dropout_state = query_CNH.new_empty(0, dtype=torch.int64)
+    *tensors, lse_CN = part
+    no_dropout_state = part.query_CNH.new_empty(0, dtype=torch.int64)
     return torch.ops.aten._flash_attention_backward(
-        grad_CNH,
-        query_CNH,
-        key_LKH,
-        value_LKH,
-        out_CNH,
+        *tensors,
         lse_CN.T.contiguous(),
         *_packing(call),
         0.0,

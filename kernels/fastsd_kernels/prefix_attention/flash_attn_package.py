@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import Part
 from .cuda_flash import flash_limits
 from .plan import Call, Packing, level_calls
 from .tree import PrefixTree
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     reason = flash_limits(device, dtype, head_dim)
     if reason is not None:
         return reason
@@ -31,6 +33,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def calls(tree: PrefixTree, device: torch.device) -> tuple[Call, ...]:
+    """One call per level of the tree."""
     return level_calls(tree, device)
 
 
@@ -50,24 +53,12 @@ def forward(
     return out_CNH, lse_NC.T
 
 
-def backward(
-    grad_CNH: Tensor,
-    query_CNH: Tensor,
-    key_LKH: Tensor,
-    value_LKH: Tensor,
-    out_CNH: Tensor,
-    lse_CN: Tensor,
-    call: Call,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def backward(part: Part, call: Call, scale: float) -> tuple[Tensor, ...]:
     """The call's part of dq_CNH, dk_LKH and dv_LKH."""
-    gradients = tuple(map(torch.empty_like, (query_CNH, key_LKH, value_LKH)))
+    *tensors, lse_CN = part
+    gradients = tuple(map(torch.empty_like, (part.query_CNH, part.key_LKH, part.value_LKH)))
     _package()._flash_attn_varlen_backward(
-        grad_CNH,
-        query_CNH,
-        key_LKH,
-        value_LKH,
-        out_CNH,
+        *tensors,
         lse_CN.T.contiguous(),
         *gradients,
         **_packing(call),

@@ -20,12 +20,12 @@ H head dim, C rows of a call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .contract import Kernel, Part
 from .plan import Call, Rows
 
 
@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
 
 
 def forward(
-    kernel: ModuleType, tensors: Tensors, calls: Sequence[Call], scale: float
+    kernel: Kernel, tensors: Tensors, calls: Sequence[Call], scale: float
 ) -> tuple[Tensor, Tensor]:
     """out_TNH in the query's dtype, lse_TN in fp32 or better."""
     query_TNH = tensors.query_TNH
@@ -70,7 +70,7 @@ def _merge(
 
 
 def backward(
-    kernel: ModuleType,
+    kernel: Kernel,
     grad_TNH: Tensor,
     tensors: Tensors,
     out_TNH: Tensor,
@@ -83,9 +83,8 @@ def backward(
     d_query, *d_others = (x.new_zeros(x.shape, dtype=wide) for x in tensors)
     for call in calls:
         rows = call.queries
-        parts = kernel.backward(
-            grad_TNH[rows], *tensors.of(call), out_TNH[rows], lse_TN[rows], call, scale
-        )
+        part = Part(grad_TNH[rows], *tensors.of(call), out_TNH[rows], lse_TN[rows])
+        parts = kernel.backward(part, call, scale)
         d_key, d_value = d_others[2:] if call.outside else d_others[:2]
         d_query[rows] += parts[0]
         d_key[call.keys] += parts[1]

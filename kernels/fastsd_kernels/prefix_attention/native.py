@@ -39,6 +39,7 @@ class Problem(Structure):
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where it can run, else the reason and what to do."""
     if device.type != "cpu":
         return f"the C++ kernel runs on CPUs, these tensors are on {device.type}"
     if dtype not in DTYPES:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def _run_forward(
     check_tensors(*given)
     checked_scale(scale, query_TNH.shape[-1])
     check_rows(query_TNH, prefix_key_PKH, tree)
-    kernel = dispatch.kernel(impl, query_TNH.device)
+    kernel: Any = dispatch.kernel(impl, query_TNH.device)
     dispatch.implementation_name(impl, query_TNH.device, query_TNH.dtype, query_TNH.shape[2])
     if kernel is native:
         return native.forward(_tensors(*given), tree, scale)
@@ -86,7 +87,7 @@ def _run_backward(
     impl: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of the five inputs; without prefixes those of [0, K, H] tensors."""
-    kernel = dispatch.kernel(impl, query_TNH.device)
+    kernel: Any = dispatch.kernel(impl, query_TNH.device)
     tree = _tree(segments_2S, outside)
     tensors = _tensors(query_TNH, key_TKH, value_TKH, prefix_key_PKH, prefix_value_PKH)
     grad_TNH = _dense_rows(grad_TNH)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .tree import PrefixTree
@@ -112,10 +111,3 @@ def check_rows(query_TNH: Tensor, prefix_key_PKH: Tensor | None, tree: PrefixTre
             f"prefix_key_PNH: expected {tree.prefix_tokens} rows, the tokens of the tree's "
             f"{tree.outside} segments from outside, got {prefix_key_PKH.shape[0]}"
         )
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on the device; None where it is off."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)

@@ -29,6 +29,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class NativeDecode:
+    """The `Decoder` of the C++ library: fp32 and bf16 on CPUs."""
+
     def __init__(self, shape: CacheShape, threads: int | None):
         self.shape, self.threads = shape, threads
         layers, kv_heads, head_dim, slots, capacity, dtype = shape
@@ -42,6 +44,8 @@ class NativeDecode:
         self._decode = lib.function("decode")
 
     def admit(self, prefix: int, layers: Layers) -> None:
+        """Packs J pairs of [K, L, H] keys and values, fp32 or bf16 on the CPU, as the kernel reads
+        them."""
         _, kv_heads, head_dim, _, _, dtype = self.shape
         length = layers[0][0].shape[1]
         size = lib.decode_bytes(dtype, kv_heads, head_dim, length)
@@ -60,9 +64,14 @@ class NativeDecode:
         self.prefixes[prefix] = packed, length
 
     def drop(self, prefix: int) -> None:
+        """Frees the prompt's memory."""
         del self.prefixes[prefix]
 
     def begin(self, slot_B: np.ndarray, prefix_B: np.ndarray, length_B: np.ndarray) -> None:
+        """Addresses and lengths of a step's rows and of the I groups that share a prefix.
+
+        slot_B, prefix_B, length_B: [B] int64 each, as in `PrefixDecodeCache.begin`.
+        """
         rows = len(slot_B)
         starts = np.flatnonzero(np.r_[True, prefix_B[1:] != prefix_B[:-1], True])
         prefixes = [self.prefixes[prefix] for prefix in prefix_B[starts[:-1]].tolist()]
@@ -79,6 +88,10 @@ class NativeDecode:
     def attend(
         self, layer: int, query_BNH: Tensor, key_BKH: Tensor, value_BKH: Tensor, scale: float
     ) -> Tensor:
+        """One call of the kernel: query_BNH [B, N, H], key_BKH, value_BKH [B, K, H], any strides.
+
+        Returns: [B, N, H] in the query's dtype. Raises MemoryError.
+        """
         p = self._problem
         query_BNH, p.query_stride = _rows(query_BNH)
         key_BKH, p.key_stride = _rows(key_BKH)

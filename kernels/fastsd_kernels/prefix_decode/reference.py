@@ -34,12 +34,14 @@ class ReferenceDecode:
         self.branches: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
 
     def admit(self, prefix: int, layers: Layers) -> None:
+        """layers: per layer keys and values [K, L, H], kept as they are."""
         self.prefixes[prefix] = layers
 
     def drop(self, prefix: int) -> None:
         del self.prefixes[prefix]
 
     def begin(self, slot_B: np.ndarray, prefix_B: np.ndarray, length_B: np.ndarray) -> None:
+        """Rows of the next step: [B] int64 each."""
         self.rows = list(zip(slot_B.tolist(), prefix_B.tolist(), length_B.tolist(), strict=True))
 
     def attend(

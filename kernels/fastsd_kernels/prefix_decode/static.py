@@ -27,6 +27,8 @@ _LOWEST = -1e30  # stands for the largest of no scores: e^(_LOWEST - m) is 0 for
 
 
 class StaticDecode:
+    """The `Decoder` that a CUDA graph can hold; fp16 and fp64 too."""
+
     def __init__(self, shape: CacheShape, device: torch.device):
         self.shape, self.device = shape, device
         own = (shape.layers, shape.slots, shape.kv_heads, shape.max_new_tokens, shape.head_dim)
@@ -56,6 +58,11 @@ class StaticDecode:
         self.unseen_PL = torch.ones(prefixes, positions, dtype=torch.bool, device=self.device)
 
     def admit(self, prefix: int, layers: Layers) -> None:
+        """Copies a prompt's keys and values into the first vacant place of P.
+
+        layers: J pairs of [K, L, H], of the cache's dtype, any device. Allocates where there is no
+        vacant place or L is more than any prefix had; `capacity` says so.
+        """
         length = layers[0][0].shape[1]
         free = sorted(set(range(self.key_JPKLH.shape[1])) - set(self.index_of.values()))
         self._grow(len(self.index_of) + 1, length)
@@ -82,9 +89,16 @@ class StaticDecode:
         self.unseen_PL[:had_prefixes, :had_positions] = before[2]
 
     def drop(self, prefix: int) -> None:
+        """Its place in P is vacant from now on; what is there is overwritten, not cleared."""
         del self.index_of[prefix]
 
     def begin(self, slot_B: np.ndarray, prefix_B: np.ndarray, length_B: np.ndarray) -> None:
+        """Writes a step's index tensors and masks, in place.
+
+        slot_B, prefix_B, length_B: [B] int64 each, as in `PrefixDecodeCache.begin`. Row b goes to
+        branch slot_B[b] of S, and to cell (its prefix's place in P, its rank among that prefix's
+        rows) of the grid [P, G]; G grows with the most rows that a prefix has had.
+        """
         first_B = np.r_[True, prefix_B[1:] != prefix_B[:-1]]
         row_B = np.arange(len(prefix_B))
         place_B = row_B - np.maximum.accumulate(np.where(first_B, row_B, 0))
@@ -104,6 +118,14 @@ class StaticDecode:
     def attend(
         self, layer: int, query_BNH: Tensor, key_BKH: Tensor, value_BKH: Tensor, scale: float
     ) -> Tensor:
+        """Attention of the new positions, without waiting for the device.
+
+        query_BNH: [B, N, H], N a multiple of K; key_BKH, value_BKH: [B, K, H], stored at
+        length_B of their branches first. All of the cache's dtype, any strides.
+        scale: factor of the scores.
+
+        Returns: [B, N, H] in the query's dtype; scores and sums are in fp32 or better.
+        """
         rows, heads, head_dim = query_BNH.shape
         slot_B, cell_B = self.slot_of_row[:rows], self.cell_of_row[:rows]
         key_SKTH, value_SKTH = self.key_JSKTH[layer], self.value_JSKTH[layer]

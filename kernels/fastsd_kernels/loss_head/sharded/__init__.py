@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...autocast import autocast_dtype
 from ..compaction import Rows
-from ..contract import Evaluation, Inputs, LossHeadOutput, LossHeadStatistics
+from ..contract import Evaluation, Inputs, LossHeadOutput, LossHeadStatistics, Options
 from .agreement import agree_on_loss, agree_on_statistics
 from .evaluation import evaluate_shard
 
@@ -37,16 +38,16 @@ def vocabulary_sharded_linear_loss(
     divergence_weight_T: Tensor | None = None,
     policy_weight_T: Tensor | None = None,
     old_logprob_T: Tensor | None = None,
-    clip: float | None = None,
+    clip: float | None = Options.clip,
     entropy_weight_T: Tensor | None = None,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    top_k: int | None = None,
-    tail: bool = True,
-    entry_clip: float | None = None,
+    divergence: str = Options.divergence,
+    beta: float = Options.beta,
+    temperature: float = Options.temperature,
+    logit_scale: float = Options.logit_scale,
+    softcap: float | None = Options.softcap,
+    top_k: int | None = Options.top_k,
+    tail: bool = Options.tail,
+    entry_clip: float | None = Options.entry_clip,
 ) -> LossHeadOutput:
     """`fused_linear_loss` with the head's rows split over the ranks of a process group.
 
@@ -78,23 +79,20 @@ def vocabulary_sharded_linear_loss(
         differ in what must be equal, the shards do not tile the vocabulary, or another rank
         refused its call.
     """
-    options = dict(
-        divergence=divergence, beta=beta, temperature=temperature, logit_scale=logit_scale,
-        softcap=softcap, top_k=top_k, tail=tail, entry_clip=entry_clip, clip=clip,
-    )  # fmt: skip
+    options = Options(
+        divergence, beta, temperature, logit_scale, softcap, top_k, tail, entry_clip, clip
+    )
     inputs = _autocast(Inputs(
         student_TD, head_shard_VD, target_T, bias_V, teacher_TD, teacher_head_VD,
         divergence_weight_T, policy_weight_T, old_logprob_T, entropy_weight_T,
     ))  # fmt: skip
-    leaves = (inputs.student_TD, inputs.head_VD, inputs.bias_V)
-    train = torch.is_grad_enabled()
-    wanted = tuple(train and isinstance(x, Tensor) and x.requires_grad for x in leaves)
+    wanted = tuple(inputs.wanted())
     with torch.no_grad():
         call = agree_on_loss(
             inputs, options, vocabulary_start, group, wanted, bool(reduce_hidden_gradient)
         )
         found = evaluate_shard(call, wanted, bool(reduce_hidden_gradient))
-    loss = _ScaleGradients.apply(*leaves, found, call.rows)
+    loss = _ScaleGradients.apply(*inputs.leaves, found, call.rows)
     return LossHeadOutput(loss=loss, impl="sharded", **_all_rows(found, call.rows))
 
 
@@ -109,14 +107,14 @@ def vocabulary_sharded_linear_statistics(
     teacher_head_VD: Tensor | None = None,
     bias_V: Tensor | None = None,
     mask_T: Tensor | None = None,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    top_k: int | None = None,
-    tail: bool = True,
-    entry_clip: float | None = None,
+    divergence: str = Options.divergence,
+    beta: float = Options.beta,
+    temperature: float = Options.temperature,
+    logit_scale: float = Options.logit_scale,
+    softcap: float | None = Options.softcap,
+    top_k: int | None = Options.top_k,
+    tail: bool = Options.tail,
+    entry_clip: float | None = Options.entry_clip,
 ) -> LossHeadStatistics:
     """The detached statistics of `vocabulary_sharded_linear_loss`, at its two forward GEMMs.
 
@@ -124,10 +122,7 @@ def vocabulary_sharded_linear_statistics(
     Returns: LossHeadStatistics, the same bits on every rank.
     Raises: as `vocabulary_sharded_linear_loss`.
     """
-    options = dict(
-        divergence=divergence, beta=beta, temperature=temperature, logit_scale=logit_scale,
-        softcap=softcap, top_k=top_k, tail=tail, entry_clip=entry_clip, clip=None,
-    )  # fmt: skip
+    options = Options(divergence, beta, temperature, logit_scale, softcap, top_k, tail, entry_clip)
     inputs = Inputs(student_TD, head_shard_VD, target_T, bias_V, teacher_TD, teacher_head_VD)
     with torch.no_grad():
         inputs = _autocast(inputs)
@@ -158,10 +153,9 @@ def _autocast(inputs: Inputs) -> Inputs:
     """Matrices in the autocast dtype, if there is one; differentiable."""
     if not isinstance(inputs.student_TD, Tensor):
         return inputs
-    device = inputs.student_TD.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    dtype = autocast_dtype(inputs.student_TD.device)
+    if dtype is None:
         return inputs
-    dtype = torch.get_autocast_dtype(device)
     matrices = {
         name: x.to(dtype)
         for name, x in vars(inputs).items()

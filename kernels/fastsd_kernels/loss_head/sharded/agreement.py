@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 def agree_on_loss(
     inputs: Inputs,
-    options: dict[str, Any],
+    options: Options,
     start: int,
     group: dist.ProcessGroup | None,
     wanted: tuple[bool, ...],
@@ -59,7 +59,7 @@ def agree_on_loss(
 def agree_on_statistics(
     inputs: Inputs,
     mask_T: Tensor | None,
-    options: dict[str, Any],
+    options: Options,
     start: int,
     group: dist.ProcessGroup | None,
 ) -> Call:
@@ -71,7 +71,7 @@ def _agree(
     function: str,
     inputs: Inputs,
     mask_T: Tensor | None,
-    options: dict[str, Any],
+    options: Options,
     start: int,
     group: dist.ProcessGroup | None,
     same: dict[str, Any],
@@ -88,7 +88,7 @@ def _agree(
         same = (
             {"function": function}
             | _shapes(rows.inputs)
-            | options
+            | vars(options)
             | same
             | _row_vectors(rows.inputs)
         )
@@ -101,7 +101,7 @@ def _agree(
     sizes = _tiling(everyone)
     # A view with as many rows as the whole head, for checks that look at its shape.
     whole_VD = inputs.head_VD[:1].expand(sum(sizes), -1)
-    checked = check_options(whole_VD, **options)
+    checked = check_options(whole_VD, options)
     check_rows(replace(rows.inputs, head_VD=whole_VD), rows.index_T)
     shard = Shard(ranks.rank, start, inputs.head_VD.shape[0])
     return Call(rows, checked, ranks, shard, max(sizes))

@@ -68,6 +68,7 @@ class _Evaluator:
         self._d_student_TD = torch.empty_like(hidden_TD) if wanted[0] else None
 
     def run(self) -> Evaluation:
+        """All rows, chunk by chunk; every rank makes the same chunks."""
         rows = self._inputs.student_TD.shape[0]
         # No rows still have a loss of 0 and gradients of zeros.
         starts = range(0, rows, self._chunk) if rows else (0,)
