@@ -116,4 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastsd.world import leave
+
+    leave(main)
