@@ -21,7 +21,7 @@ from fastsd.recorder import Recorder
 from fastsd.session import Session
 from fastsd.train import train
 from fastsd.types import FastsdError
-from fastsd.world import open_world
+from fastsd.world import left_in_order, open_world
 
 ROWS = {"task": None, "train": "rows.jsonl", "eval": "rows.jsonl"}
 
@@ -84,5 +84,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    world = open_world(60.0)
-    main(Path(sys.argv[1]))
+    with left_in_order():
+        world = open_world(60.0)
+        main(Path(sys.argv[1]))

@@ -18,6 +18,7 @@ import torch
 from fastsd.cli import load_config
 from fastsd.dry_run import dry_run
 from fastsd.session import Session
+from fastsd.world import left_in_order
 
 LORA = ("--model.lora.r", "4", "--model.lora.target-modules", "q_proj", "v_proj")
 CASES = {
@@ -50,4 +51,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    with left_in_order():
+        main(Path(sys.argv[1]))

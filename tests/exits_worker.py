@@ -1,5 +1,5 @@
 """Launches of the smallest sharded run, forked from one process that has imported everything:
-exits_worker.py ENDING COUNT FOLDER. Prints the ranks' wait statuses, one launch a line.
+exits_worker.py FOLDER ENDING..., a launch for each. Prints the ranks' exit codes, a launch a line.
 
 ENDING: done; error and interrupted, raised on all ranks; lost, where rank 1 dies; defect, where
 rank 1 raises what nobody expects. FOLDER/LAUNCH/RANK.json has the connection's threads that are
@@ -35,10 +35,12 @@ import torch.distributed.device_mesh  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
 from runs import small_config  # noqa: E402
 
-import fastsd.session  # noqa: E402
+import fastsd.session  # noqa: E402, F401
 from fastsd import train as training  # noqa: E402
 from fastsd.interrupt import Interrupted  # noqa: E402
+from fastsd.model import load_policy  # noqa: E402
 from fastsd.recorder import Recorder  # noqa: E402
+from fastsd.tasks.chain_sum import questions  # noqa: E402
 from fastsd.types import FastsdError  # noqa: E402
 from fastsd.world import guarded, leave, left_in_order, open_world  # noqa: E402
 
@@ -116,6 +118,9 @@ def launch(ending: str, folder: Path) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _, ending, count, folder = sys.argv
-    for number in range(int(count)):
-        print(json.dumps(launch(ending, Path(folder) / str(number))), flush=True)
+    # What every rank would work out again: half of its time.
+    load_policy(CONFIG.model, "cpu", torch.float32)
+    for split in ("train", "eval"):
+        questions(split)
+    for number, ending in enumerate(sys.argv[2:]):
+        print(json.dumps(launch(ending, Path(sys.argv[1]) / str(number))), flush=True)

@@ -21,7 +21,7 @@ from fastsd.session import Session
 from fastsd.shards import local
 from fastsd.train import update
 from fastsd.types import Prompt, Rollout
-from fastsd.world import open_world
+from fastsd.world import left_in_order, open_world
 
 
 class Received:
@@ -124,4 +124,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with left_in_order():
+        main(Path(sys.argv[1]))

@@ -15,7 +15,7 @@ from tiny_models import build_tiny, load_tiny
 from fastsd.config import Config
 from fastsd.sharding import place_weights
 from fastsd.sync import PolicyWeights, names_of_head, write_weights
-from fastsd.world import open_world
+from fastsd.world import left_in_order, open_world
 
 CASES = {
     "tied": ("llama", "gathered", {}),
@@ -57,5 +57,6 @@ def check(case: str, place: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for case in CASES:
-        check(case, Path(sys.argv[1]))
+    with left_in_order():
+        for case in CASES:
+            check(case, Path(sys.argv[1]))
