@@ -39,7 +39,10 @@ def main() -> None:
         raise SystemExit(
             subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         )
-    run(arguments)
+    from fastsd.runtime.world import left_in_order
+
+    with left_in_order():
+        run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

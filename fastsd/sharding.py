@@ -198,7 +198,6 @@ def place_weights(config: Config, policy: Policy, teacher: Teacher | None, world
 
 
 def _shard(policy: Policy, world: World, reduced: torch.dtype, layout: Layout) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
         fully_shard,
@@ -209,7 +208,7 @@ def _shard(policy: Policy, world: World, reduced: torch.dtype, layout: Layout) -
     for parameter in policy.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    root, mesh = _root(policy), init_device_mesh(policy.device.type, (world.size,))
+    root, mesh = _root(policy), world.mesh(policy.device.type)
     precision = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False
     )

@@ -118,4 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastsd.runtime.world import leave
+
+    leave(main)

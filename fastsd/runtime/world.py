@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fastsd.errors import FastsdError, Interrupted, RankLost
 
@@ -32,6 +35,7 @@ class World:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         # The rank's number on its machine; None for one process, which has all of it.
         self.local_rank = local_rank if size > 1 else None
+        self._meshes: dict[str, Any] = {}
 
     @property
     def leads(self) -> bool:
@@ -70,6 +74,27 @@ class World:
         """What `work()` gives on rank 0; the others do nothing and are given it, or its error."""
         [value, *_] = self.together(lambda: work() if self.leads else None)
         return value  # pyright: ignore[reportReturnType]
+
+    def mesh(self, device_type: str) -> Any:
+        """All ranks as torch's DeviceMesh, for tensors that are spread over them."""
+        if device_type not in self._meshes:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._meshes[device_type] = init_device_mesh(device_type, (self.size,))
+        return self._meshes[device_type]
+
+    def disconnect(self) -> None:
+        """Ends the connection and its threads, where nothing else still holds this world's meshes'
+        groups. Afterwards no method may be called."""
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group()
+        # DTensor's caches keep every mesh to the process's end, and a mesh keeps its groups.
+        for mesh in self._meshes.values():
+            mesh._pg_registry.clear()
+        gc.collect()
 
 
 ALONE = World()
@@ -120,26 +145,45 @@ def guarded(where: Callable[[], str] = lambda: "") -> Iterator[None]:
 @contextlib.contextmanager
 def left_in_order() -> Iterator[None]:
     """For a program's whole work: at its end, success or an error that all ranks raise, ranks are
-    disconnected. Threads of the connection that still run abort a process as it exits. Not after
-    RankLost: there is nobody to part from."""
+    disconnected. A thread of gloo's that frees the tensors of its last message while Python
+    finalizes aborts the process; destroy_process_group alone leaves these threads running.
+
+    Not after RankLost or a defect: such a thread may wait for a rank that hangs. See `leave`."""
     try:
         yield
     except RankLost:
         raise
-    except (FastsdError, Interrupted):
-        _disconnect()
+    except (FastsdError, Interrupted) as error:
+        _disconnect(error)
         raise
-    _disconnect()
+    _disconnect(None)
 
 
-def _disconnect() -> None:
+def _disconnect(error: BaseException | None) -> None:
+    # Frames of an error's traceback hold the model, and it the connection.
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    while _opened:
+        _opened.pop().disconnect()
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Runs a program and ends the process with its exit code. Where the connection is still open,
+    a thread of it may wait for a rank that hangs, and nothing in torch ends that: such a process
+    ends without Python's finalization, which the thread could abort."""
+    try:
+        code = main()
+    except Exception:
+        if not _opened:
+            raise
+        traceback.print_exc()
+        code = 1
     if not _opened:
-        return
-    import torch.distributed as dist
-
-    _opened.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _connect(world: World, device: str) -> None:
