@@ -6,6 +6,7 @@ rank 1 raises what nobody expects. FOLDER/LAUNCH/RANK.json has the connection's 
 left as the process is about to end. With late_gloo.c preloaded, gloo's threads are late at the end.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import atexit
@@ -29,13 +30,13 @@ def as_python_finalizes() -> None:
         ctypes.PyDLL(None).usleep(50_000)  # holds the lock
 
 
-import torch  # noqa: E402
-import torch.distributed.checkpoint  # noqa: E402
-import torch.distributed.device_mesh  # noqa: E402
-import torch.distributed.fsdp  # noqa: E402
-from runs import small_config  # noqa: E402
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.device_mesh
+import torch.distributed.fsdp
+from runs import small_config
 
-import fastsd.session  # noqa: E402, F401
+import fastsd.session  # noqa: F401
 from fastsd import train as training
 from fastsd.errors import FastsdError, Interrupted
 from fastsd.model import load_policy

@@ -50,9 +50,17 @@ def test_it_is_frozen_and_greedy(writer):
         ids = writer.renderer.student(Prompt("0", tuple(conversation(text))))
         assert ids.count(stop) == 2, "the template's own; an attempt ends no turn"
         ids = torch.tensor([ids])
-        want = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False
-        )[0, ids.shape[1] :].tolist()
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        first, second = torch.cat(found.scores).topk(2).values.unbind(-1)
+        assert (first - second).min() > 2e-4, "further apart than rounding (1e-4 each) could turn"
+        want = found.sequences[0, ids.shape[1] :].tolist()
         assert reply.truncated == (want[-1] != stop) and reply.failure is None
         assert reply.text == tokenizer.decode([i for i in want if i != stop])
 
