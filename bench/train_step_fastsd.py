@@ -32,10 +32,10 @@ from bench.train_step_problem import (
 )
 from bench.train_step_worker import Channel, Memory, Meter, serve
 from fastsd.config import Config
+from fastsd.rewards.functions import score_rollouts
 from fastsd.session import Session
 from fastsd.train import update
 from fastsd.types import Feedback, Prompt, Rollout
-from fastsd.verify import score_rollouts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 

@@ -23,7 +23,6 @@ from typing import Any
 from fastsd.errors import FastsdError
 from fastsd.types import Rollout, Step
 
-EPSILON = 1e-4
 """Added to the standard deviation, as in TRL's GRPO."""
 
 Span = tuple[int, int]
@@ -31,22 +30,6 @@ Span = tuple[int, int]
 
 class LocalisationError(FastsdError):
     """Token offsets, steps and advantages that do not describe the same text."""
-
-
-def group_advantages(rewards_G: Sequence[float | None]) -> list[float]:
-    """(r - mean) / (std + 1e-4) within one prompt's group (DeepSeekMath, arXiv 2402.03300).
-
-    std is the sample standard deviation (divided by n - 1), as in TRL. Responses without a reward
-    are outside mean and std and get 0; so does a group without spread, or with one reward only.
-    """
-    known = [r for r in rewards_G if r is not None]
-    if any(not math.isfinite(r) for r in known):
-        raise FastsdError(f"rewards must be finite numbers or None; found {list(rewards_G)}")
-    if len(known) < 2 or min(known) == max(known):
-        return [0.0] * len(rewards_G)
-    mean = math.fsum(known) / len(known)
-    std = math.sqrt(math.fsum((r - mean) ** 2 for r in known) / (len(known) - 1))
-    return [0.0 if r is None else (r - mean) / (std + EPSILON) for r in rewards_G]
 
 
 def token_spans(tokenizer: Any, response_ids: Sequence[int], text: str) -> list[Span]:

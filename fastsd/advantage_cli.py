@@ -150,14 +150,13 @@ class CheckpointSubject:
         import torch
 
         from fastsd.conditions import CONDITIONS
-        from fastsd.data import load_data
         from fastsd.model import load_policy
         from fastsd.preflight import renderer_for
-        from fastsd.prompts.sources import required_fields
+        from fastsd.prompts.sources import load_data, required_fields
+        from fastsd.rewards.functions import load_reward
         from fastsd.rollout import Sampler
         from fastsd.runtime import hardware
         from fastsd.session import open_task
-        from fastsd.verify import load_reward
 
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -206,7 +205,7 @@ class CheckpointSubject:
 
 
 def _run(request: Request) -> None:
-    from fastsd import manifest
+    from fastsd.checkpoint import manifest
     from fastsd.localise import held_out_rollouts, localise, measure
     from fastsd.model import model_path
 

@@ -47,10 +47,7 @@ def reference_solution(rollouts: Sequence[Rollout], critic: Critic | None) -> li
 def step_aligned_critique(rollouts: Sequence[Rollout], critic: Critic | None) -> list[Feedback]:
     """Each rollout's own trace, right steps verbatim, the first wrong one corrected in place."""
     assert critic is not None
-    return [
-        Feedback(c.text, c.first_error, c.problem, c.prefix_share)
-        for c in critic.critique(rollouts)
-    ]
+    return list(critic.critique(rollouts))
 
 
 def sibling_solution(rollouts: Sequence[Rollout], critic: Critic | None) -> list[Feedback]:

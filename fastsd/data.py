@@ -6,90 +6,9 @@ function, so a resumed run sees exactly the prompts that an uninterrupted one wo
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Protocol
 
-from fastsd.config.sections import DataConfig
-from fastsd.data_files import DataError, read_prompts
-from fastsd.types import Prompt, Task
-
-# Far apart, and prime: seeds do not meet, nor start at the same question of a task that repeats.
-_SEED_STRIDE = 10_000_019
-
-
-class DataSource(Protocol):
-    def take(self, cursor: int, count: int, seed: int) -> list[Prompt]:
-        """Training prompts cursor ... cursor + count - 1 of an endless, fixed sequence."""
-        ...
-
-
-class TaskSource:
-    """A procedural task's questions; different seeds see different ones."""
-
-    def __init__(self, task: Task):
-        self._task = task
-
-    def take(self, cursor: int, count: int, seed: int) -> list[Prompt]:
-        start = seed * _SEED_STRIDE + cursor
-        return [self._task.prompt("train", index) for index in range(start, start + count)]
-
-
-class RowSource:
-    """Rows in epochs: each epoch every row once, shuffled by (seed, epoch), or as in the file."""
-
-    def __init__(self, prompts: list[Prompt], shuffle: bool):
-        self._prompts = prompts
-        self._shuffle = shuffle
-        self._epoch: tuple[tuple[int, int], list[int]] | None = None
-
-    def take(self, cursor: int, count: int, seed: int) -> list[Prompt]:
-        size = len(self._prompts)
-        places = [divmod(index, size) for index in range(cursor, cursor + count)]
-        return [self._prompts[self._order(seed, epoch)[at]] for epoch, at in places]
-
-    def _order(self, seed: int, epoch: int) -> list[int]:
-        key = (seed, epoch)
-        if self._epoch is None or self._epoch[0] != key:
-            order = list(range(len(self._prompts)))
-            if self._shuffle:
-                random.Random(f"{seed}/{epoch}").shuffle(order)
-            self._epoch = (key, order)
-        return self._epoch[1]
-
-
-def load_data(
-    config: DataConfig,
-    task: Task | None,
-    seed: int,
-    needs: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[DataSource, Callable[[int], list[Prompt]]]:
-    """The training source, and a function from n to the first n held-out prompts (fewer if fewer).
-
-    Files where data.train and data.eval name them, else the task's questions. needs: fields
-    (answer, solution) that no row may lack, with the reason; held-out rows need no solution.
-    Raises DataError for a row, file or mapping that cannot be used, for a run without training or
-    held-out questions, and for a seed that cannot choose questions (negative).
-    """
-    if seed < 0:
-        raise DataError(f"seed = {seed}: it chooses the questions and must be 0 or more")
-    train: DataSource
-    if config.train:
-        train = RowSource(read_prompts(config.train, config.columns, needs), config.shuffle)
-    elif task:
-        train = TaskSource(task)
-    else:
-        raise DataError("nothing to train on: set data.task or data.train")
-    if config.eval:
-        answer = {field: why for field, why in needs.items() if field == "answer"}
-        held_out = read_prompts(config.eval, config.columns, answer)
-        return train, lambda count: held_out[:count]
-    if task:
-        return train, lambda count: [task.prompt("eval", index) for index in range(count)]
-    raise DataError("nothing to evaluate on: set data.eval to a file of held-out rows")
-
+from fastsd.prompts.files import DataError, read_prompts
 
 USAGE = """usage: python -m fastsd.data check FILE [field=column ...]
        python -m fastsd.data filter [CONFIG.toml ...] --out FILE [--section.key VALUE ...]

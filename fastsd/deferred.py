@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import FastsdError
-from fastsd.layout import MicroBatch, Sample, student_trees, teacher_trees
+from fastsd.layout import MicroBatch, student_trees, teacher_trees
 from fastsd.model import Policy
 from fastsd.packing import PrefixKeys, count_tokens
 from fastsd.runtime.phases import PhaseClock
 from fastsd.teacher import Teacher
-from fastsd.types import TokenTree
+from fastsd.types import Sample, TokenTree
 
 
 class DeferredPrefix:

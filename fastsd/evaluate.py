@@ -172,7 +172,7 @@ def scored_samples(
     answer_of maps a response's text to the answer that votes in maj@k. The sampling key is
     `config.seed` alone, so every condition and checkpoint meets the same random numbers.
     """
-    from fastsd.verify import score_rollouts
+    from fastsd.rewards.functions import score_rollouts
 
     rollouts = sampler.sample(
         prompts, config.samples, key=(config.seed,), temperature=config.temperature
@@ -210,15 +210,15 @@ def evaluate_checkpoint(config: Config) -> EvalResult:
     """`evaluate` on the held-out questions of `config`, with the model that it names."""
     import torch
 
-    from fastsd import manifest
-    from fastsd.answers import extract_answer
-    from fastsd.data import load_data
+    from fastsd.checkpoint import manifest
     from fastsd.model import load_policy, model_path
-    from fastsd.render import PromptRenderer
+    from fastsd.prompts.render import PromptRenderer
+    from fastsd.prompts.sources import load_data
+    from fastsd.rewards.functions import load_reward
     from fastsd.rollout import Sampler
     from fastsd.runtime import hardware
     from fastsd.session import open_task
-    from fastsd.verify import load_reward
+    from fastsd.tasks.answers import extract_answer
 
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -20,7 +20,7 @@ from fastsd.types import Critic, Prompt, Rollout
 
 if TYPE_CHECKING:
     from fastsd.config import Config
-    from fastsd.verify import Reward
+    from fastsd.types import Reward
 
 KEPT = "kept"
 # Verdicts in the order of the stages.
@@ -44,7 +44,7 @@ class Filter:
 
     def verdicts(self, prompts: Sequence[Prompt]) -> list[str]:
         """One of VERDICTS for each question."""
-        from fastsd.verify import score_rollouts
+        from fastsd.rewards.functions import score_rollouts
 
         samples = self.settings.samples
         rollouts = self.sampler.sample(prompts, samples, key=(self.seed,))
@@ -71,7 +71,7 @@ class Filter:
         return "hopeless" if share <= self.settings.above else None
 
     def _by_form(self, rollouts: Sequence[Rollout]) -> str:
-        from fastsd.steps import format_obeyed
+        from fastsd.tasks.steps import format_obeyed
 
         obeyed = sum(format_obeyed(rollout.text, self.settings.format) for rollout in rollouts)
         return KEPT if obeyed >= self.settings.format_share * len(rollouts) else "format"
@@ -80,7 +80,7 @@ class Filter:
         """Whether the critic answers each question right: given the question alone, or for one that
         follows rules, in its critique of the first response."""
         from fastsd.critics.text import TextCritic
-        from fastsd.verify import score_rollouts
+        from fastsd.rewards.functions import score_rollouts
 
         if isinstance(critic, TextCritic):
             texts = critic.solve([rollout.prompt for rollout in firsts])

@@ -135,10 +135,10 @@ def open_filter(config: Config, request: Request) -> tuple[Filter, list[Prompt]]
     from fastsd.critics import open_critic
     from fastsd.model import load_policy
     from fastsd.preflight import renderer_for
+    from fastsd.rewards.functions import load_reward
     from fastsd.rollout import Sampler
     from fastsd.runtime import hardware
     from fastsd.session import open_task
-    from fastsd.verify import load_reward
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -162,8 +162,8 @@ def open_filter(config: Config, request: Request) -> tuple[Filter, list[Prompt]]
 
 
 def _questions(config: Config, task, rows: int | None) -> list[Prompt]:
-    from fastsd.data import TaskSource
-    from fastsd.data_files import read_prompts
+    from fastsd.prompts.files import read_prompts
+    from fastsd.prompts.sources import TaskSource
 
     if config.data.train:
         needs = {"answer": "a question without one cannot be filtered by who solves it"}

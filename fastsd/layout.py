@@ -14,53 +14,11 @@ prefixes go through the network first and whose branches follow in parts (`defer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from fastsd.types import Branch, Prompt, Rollout, TokenTree
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One rollout with everything the loss needs of it.
-
-    student_ids: the prompt. teacher_ids: the prompt with feedback, None without a teacher.
-    advantage: GRPO's group-normalised reward; 0 where there is no signal. feedback: the text the
-    teacher is shown; feedback_cut: it was shortened to fit. problem: the class of failure that
-    left it without; prefix_share: see Critique. dropped: it counts for nothing.
-    """
-
-    rollout: Rollout
-    student_ids: tuple[int, ...]
-    teacher_ids: tuple[int, ...] | None
-    advantage: float
-    feedback: str | None = None
-    feedback_cut: bool = False
-    problem: str | None = None
-    prefix_share: float | None = None
-    dropped: bool = False
-
-    @property
-    def group(self) -> str:
-        return self.rollout.prompt.id
-
-
-def sample_to_json(sample: Sample) -> dict[str, Any]:
-    """A sample as JSON gives it back, but for the prompt, of which it keeps the id."""
-    record = asdict(replace(sample, rollout=replace(sample.rollout, prompt=None)))  # type: ignore[arg-type]
-    del record["rollout"]["prompt"]
-    return {"prompt": sample.rollout.prompt.id, **record}
-
-
-def sample_from_json(record: dict[str, Any], prompt: Prompt) -> Sample:
-    """Inverse of `sample_to_json`; the prompt is taken from the data."""
-    fields = {k: v for k, v in record.items() if k not in ("prompt", "rollout")}
-    for name in ("student_ids", "teacher_ids"):
-        fields[name] = None if fields[name] is None else tuple(fields[name])
-    rollout = dict(record["rollout"])
-    for name in ("response_ids", "logprobs"):
-        rollout[name] = tuple(rollout[name])
-    return Sample(rollout=Rollout(prompt=prompt, **rollout), **fields)
+from fastsd.prompts.samples import common_prefix
+from fastsd.types import Branch, Sample, TokenTree
 
 
 def student_trees(samples: Sequence[Sample]) -> list[TokenTree]:
@@ -83,16 +41,6 @@ def teacher_trees(samples: Sequence[Sample]) -> list[TokenTree]:
         )
         trees.append(TokenTree(prefix, branches))
     return trees
-
-
-def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest common prefix of the sequences."""
-    shortest, longest = min(sequences), max(sequences)
-    length = next(
-        (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),
-        min(len(shortest), len(longest)),
-    )
-    return shortest[:length]
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from typing import Any, Protocol
 from fastsd.advantage import Localisation, localisation, token_spans
 from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
-from fastsd.layout import Sample
 from fastsd.model import Policy
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
+from fastsd.prompts.samples import make_samples
+from fastsd.rewards.functions import score_rollouts
 from fastsd.rollout import Sampler
-from fastsd.steps import parse_steps
+from fastsd.tasks.steps import parse_steps
 from fastsd.token_statistics import token_statistics
 from fastsd.token_view import TokenView
-from fastsd.types import Critic, Feedback, Prompt, Rollout, Step, Task
-from fastsd.verify import Reward, score_rollouts
+from fastsd.types import Critic, Feedback, Prompt, Reward, Rollout, Sample, Step, Task
 
 NO_ROOM = "no_room"
 
@@ -126,7 +126,8 @@ def measure(
         given = _feedback(subject, rollouts, name)
         if CONDITIONS[name].critic:
             critiques = list(given)
-        samples = _samples(subject, rollouts, given, name)
+        template = getattr(subject.config.prompt, CONDITIONS[name].template or "")
+        samples = make_samples(subject.renderer, template, rollouts, given)
         feedback[name] = [_as_shown(f, s) for f, s in zip(given, samples, strict=True)]
         numbers[name] = token_statistics(subject.policy, subject.config, samples, alternatives)
     views = []
@@ -178,19 +179,6 @@ def _feedback(subject: Subject, rollouts: Sequence[Rollout], name: str) -> list[
     condition = CONDITIONS[name]
     assert condition.context
     return condition.context(rollouts, subject.critic if condition.critic else None)
-
-
-def _samples(
-    subject: Subject, rollouts: Sequence[Rollout], feedback: Sequence[Feedback], name: str
-) -> list[Sample]:
-    template = getattr(subject.config.prompt, CONDITIONS[name].template or "")
-    samples = []
-    for rollout, given in zip(rollouts, feedback, strict=True):
-        student_ids, teacher = subject.renderer.student(rollout.prompt), None
-        if given.text is not None:
-            teacher = subject.renderer.teacher(rollout.prompt, template, given.text)
-        samples.append(Sample(rollout, student_ids, teacher.ids if teacher else None, 0.0))
-    return samples
 
 
 def _as_shown(given: Feedback, sample: Sample) -> Feedback:

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastsd.layout import Sample
 from fastsd.runtime.world import World
 from fastsd.training.feedback import FeedbackMaker
-from fastsd.types import StepMetrics
+from fastsd.types import Sample, StepMetrics
 from fastsd_kernels.loss_head import LossHeadOutput
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ class StepStatistics:
             "length/mean": sum(lengths) / len(lengths),
             "length/truncated_share": sum(r.truncated for r in rollouts) / len(rollouts),
             "length/repetition": self._repetition,
-            "feedback/missing_share": _share(s.feedback is None for s in self.samples),
+            "feedback/missing_share": _share(s.feedback.text is None for s in self.samples),
             "feedback/cut_share": _share(s.feedback_cut for s in self.samples),
             **self._feedback_problems(),
             **self._logprob_gap(),
@@ -204,8 +203,9 @@ class StepStatistics:
     def _feedback_problems(self) -> StepMetrics:
         """How many rollouts each class of failure left without feedback, and how much of the
         attempts the critiques repeat. Nothing where no critic was asked."""
-        problems = Counter(s.problem for s in self.samples if s.problem is not None)
-        shares = [s.prefix_share for s in self.samples if s.prefix_share is not None]
+        feedback = [sample.feedback for sample in self.samples]
+        problems = Counter(f.problem for f in feedback if f.problem is not None)
+        shares = [f.prefix_share for f in feedback if f.prefix_share is not None]
         values = {f"feedback/problem/{name}": float(n) for name, n in sorted(problems.items())}
         if shares:
             values["feedback/verbatim_share"] = sum(shares) / len(shares)

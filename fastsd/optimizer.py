@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd.checkpoint.tensors import copy_into
 from fastsd.config.sections import OptimConfig
 from fastsd.errors import CheckpointError, FastsdError, TrainingDiverged
 from fastsd.runtime.shards import local
 from fastsd.runtime.world import ALONE, World
-from fastsd.sharded_checkpoint import copy_into
 
 MAX_NONFINITE_IN_A_ROW = 5
 _LOW_PRECISION = (torch.bfloat16, torch.float16)

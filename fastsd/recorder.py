@@ -174,7 +174,7 @@ def _threads() -> int:
 
 def _rows(statistics: StepStatistics) -> list[CompletionRow]:
     return [
-        CompletionRow(s.rollout, s.advantage, s.feedback, statistics.divergence(s))
+        CompletionRow(s.rollout, s.advantage, s.feedback.text, statistics.divergence(s))
         for s in statistics.samples
     ]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.report_page import escaped, inline_picture, write_page
-from fastsd.steps import parse_steps
 from fastsd.summary import LOCALISATION_HEADERS, localisation_rows
+from fastsd.tasks.steps import parse_steps
 from fastsd.token_data import EDGES, TAGS, Detail, RolloutTokens, fit, levels, runs
 from fastsd.token_view import TokenView, by_rollout
 
@@ -61,7 +61,7 @@ def token_section(
     """What tokens.html.j2 shows of the views of one run.
 
     task: whose steps the feedback is cut into where the response's steps are the task's; without
-    one `fastsd.steps.parse_steps` cuts it. room: bytes to stay within, by leaving out detail.
+    one `fastsd.tasks.steps.parse_steps` cuts it. room: bytes to stay within, by leaving out detail.
     """
     rollouts = [RolloutTokens(group) for group in by_rollout(views)]
     bare = Detail(floor=math.inf)

@@ -21,7 +21,7 @@ from fastsd.config.sections import RolloutConfig
 from fastsd.decoding import Decoding, Rows
 from fastsd.errors import FastsdError
 from fastsd.packed_layers import packed_layers, packed_layers_name
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
 from fastsd.types import Prompt, Rollout, StepMetrics
 from fastsd_kernels import sample_from_logits
 

@@ -14,36 +14,28 @@ from pathlib import Path
 
 import torch
 
-from fastsd import checkpoint
-from fastsd.advantage import group_advantages
-from fastsd.answers import extract_answer
-from fastsd.conditions import CONDITIONS
-from fastsd.config import Config
-from fastsd.critics import open_critic
-from fastsd.data import load_data
-from fastsd.deferred import Passes
-from fastsd.errors import FastsdError
-from fastsd.evaluate import scored_samples, tabulate
-from fastsd.fit import (
+from fastsd.checkpoint import LoadedCheckpoint, load_latest, save_checkpoint
+from fastsd.checkpoint.matches import (
     binding_settings,
     parameter_shapes,
     refuse_other_data,
     refuse_other_model,
     refuse_other_settings,
 )
+from fastsd.conditions import CONDITIONS
+from fastsd.config import Config
+from fastsd.critics import open_critic
+from fastsd.deferred import Passes
+from fastsd.errors import FastsdError
+from fastsd.evaluate import scored_samples, tabulate
 from fastsd.guards import Guard
-from fastsd.layout import (
-    MicroBatch,
-    Sample,
-    micro_batches,
-    micro_batches_by_rank,
-    sample_from_json,
-    sample_to_json,
-)
+from fastsd.layout import MicroBatch, micro_batches, micro_batches_by_rank
 from fastsd.model import Policy, load_policy
 from fastsd.optimizer import Optimizer
 from fastsd.preflight import check_prompts, renderer_for
-from fastsd.prompts.sources import required_fields
+from fastsd.prompts.samples import make_samples
+from fastsd.prompts.sources import load_data, required_fields
+from fastsd.rewards.functions import group_advantages, load_reward, score_rollouts
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.runtime import hardware
 from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
@@ -52,10 +44,11 @@ from fastsd.runtime.signals import SignalGate
 from fastsd.runtime.world import open_world
 from fastsd.sharding import place_weights, refuse_ranks
 from fastsd.tasks import load_task
+from fastsd.tasks.answers import extract_answer
 from fastsd.teacher import Teacher
 from fastsd.training.feedback import dropped_rollouts, feedback_maker
-from fastsd.types import Critic, Feedback, Prompt, Rollout, Task
-from fastsd.verify import load_reward, score_rollouts
+from fastsd.training.state import sample_from_json, sample_to_json
+from fastsd.types import Critic, Feedback, Prompt, Rollout, Sample, Task
 from fastsd.vllm_rollout import open_sampler
 from fastsd_kernels.loss_head import implementation_choice
 
@@ -165,28 +158,8 @@ class Session:
             for start in range(0, len(rollouts), size)
             for advantage in group_advantages(rewards[start : start + size])
         ]
-        prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
-        rendered = {name: self.renderer.student(prompt) for name, prompt in prompts.items()}
-        shared = {
-            name: self.renderer.question_tokens(prompt, rendered[name])
-            for name, prompt in prompts.items()
-            if self.maker.template
-        }
-        samples = []
-        for rollout, given, advantage, gone in zip(
-            rollouts, feedback, advantages, dropped, strict=True
-        ):
-            student = rendered[rollout.prompt.id]
-            teacher_ids, cut = None, False
-            if given.text is not None and not gone and self.maker.template:
-                prompt = self.renderer.teacher(rollout.prompt, self.maker.template, given.text)
-                teacher_ids, cut = (prompt.ids, prompt.cut) if prompt else (None, True)
-            if teacher_ids is not None:
-                tokens = shared[rollout.prompt.id]
-                self.renderer.check_shared(rollout.prompt, tokens, student, teacher_ids)
-            shown = given.text, cut, given.problem, given.prefix_share
-            samples.append(Sample(rollout, student, teacher_ids, advantage, *shown, dropped=gone))
-        return samples
+        template = self.maker.template
+        return make_samples(self.renderer, template, rollouts, feedback, advantages, dropped)
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """What this rank computes of a step's samples."""
@@ -262,13 +235,13 @@ class Session:
         }
         with self.gate.closed():
             save_model, keep = self.weights.saver(), self.config.checkpoint.keep
-            return checkpoint.save_checkpoint(
+            return save_checkpoint(
                 self.run_dir, self.step, save_model, tensors, state, keep, self.world
             )
 
     def restore(self) -> bool:
         """Continues the newest valid checkpoint of the run folder; False where there is none."""
-        found = checkpoint.load_latest(self.run_dir, self.world)
+        found = load_latest(self.run_dir, self.world)
         if found is None:
             return False
         refuse_other_settings(found.path, found.state["config"], self.config)
@@ -282,7 +255,7 @@ class Session:
         self.buffer = self._samples_from_json(found)
         return True
 
-    def _samples_from_json(self, found: checkpoint.LoadedCheckpoint) -> list[Sample]:
+    def _samples_from_json(self, found: LoadedCheckpoint) -> list[Sample]:
         records = found.state["buffer"]
         if not records:
             return []

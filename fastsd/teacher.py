@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastsd.checkpoint.tensors import copy_into
 from fastsd.config.sections import TeacherConfig
 from fastsd.model import Policy, trainable_parameters
 from fastsd.packing import PrefixKeys
-from fastsd.sharded_checkpoint import copy_into
 from fastsd.types import TokenTree
 
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from fastsd.config import Config
 from fastsd.config.sections import LossConfig, TeacherConfig
 from fastsd.deferred import Passes
-from fastsd.layout import Sample, micro_batches
+from fastsd.layout import micro_batches
 from fastsd.model import Policy
 from fastsd.runtime.phases import PhaseClock
 from fastsd.teacher import Teacher
+from fastsd.types import Sample
 from fastsd_kernels import fused_linear_statistics
 
 # Rows whose logits exist at once, and the columns of them that one product makes.

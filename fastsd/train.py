@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastsd.config import Config
-    from fastsd.layout import Sample
     from fastsd.loss import StepStatistics
     from fastsd.recorder import Recorder
     from fastsd.session import Session
+    from fastsd.types import Sample
 
 
 def train(config: Config, run_dir: Path, recorder: Recorder) -> None:

@@ -1,13 +1,13 @@
 """The whole story in dataclasses: what flows through a training step, in order.
 
-    Prompt -> Rollout -> Feedback -> TokenTree -> StepMetrics
+    Prompt -> Rollout -> Feedback -> Sample -> TokenTree -> StepMetrics
 
 Everything imports this module; it imports nothing of fastsd and nothing heavy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,6 +46,10 @@ class Rollout:
     reward: float | None = None
 
 
+# reward(prompts, completions, completion_ids, **columns) -> a number or None for each: TRL's shape.
+Reward = Callable[..., list[float | None]]
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a response: character span [start, end) of its text, and whether it is right."""
@@ -56,12 +60,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Critique:
-    """A critic's step-aligned rewrite of a trace.
+class Feedback:
+    """What the self-teacher is shown for one rollout.
 
-    first_error: index of the first step that it changes. text=None: the critic gave nothing
-    usable, and `problem` names the class of failure ("timeout", "wrong_answer", ...).
-    prefix_share: of the attempt's steps, how many it repeats verbatim before the first change.
+    text=None: this rollout has no teacher, because the condition has nothing for it, or because of
+    `problem`, the class of a critic's failure ("timeout", "wrong_answer", ...). Of a critique,
+    first_error: index of the first step that it changes; prefix_share: of the attempt's steps, how
+    many it repeats verbatim before that.
     """
 
     text: str | None
@@ -70,15 +75,31 @@ class Critique:
     prefix_share: float | None = None
 
 
-@dataclass(frozen=True)
-class Feedback:
-    """What the self-teacher is shown for one rollout. text=None: this rollout has no teacher,
-    because the condition has nothing for it, or because of `problem` (see Critique)."""
+class Critique(Feedback):
+    """A critic's step-aligned rewrite of a trace."""
 
-    text: str | None
-    first_error: int | None = None
-    problem: str | None = None
-    prefix_share: float | None = None
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout with everything the loss needs of it.
+
+    student_ids: the prompt. teacher_ids: the prompt with feedback, None without a teacher.
+    advantage: GRPO's group-normalised reward; 0 where there is no signal. feedback: what the
+    teacher is shown; feedback_cut: it was shortened to fit, or had no room. dropped: it counts for
+    nothing.
+    """
+
+    rollout: Rollout
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...] | None
+    advantage: float
+    feedback: Feedback = Feedback(None)
+    feedback_cut: bool = False
+    dropped: bool = False
+
+    @property
+    def group(self) -> str:
+        return self.rollout.prompt.id
 
 
 @dataclass(frozen=True)
@@ -99,13 +120,13 @@ class TokenTree:
     prefix_ids: tuple[int, ...]
     branches: tuple[Branch, ...]
 
-    @property
-    def response_tokens(self) -> int:
-        return sum(len(branch.response_ids) for branch in self.branches)
-
 
 # Metric name -> number, flat ("time/rollout_s", "reward/mean"): one JSON line per optimizer step.
 StepMetrics = dict[str, float]
+
+
+# Chat turns (role, content), as a served model takes them.
+Conversation = list[dict[str, str]]
 
 
 class Critic(Protocol):

@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastsd.config.sections import RolloutConfig
+from fastsd.prompts.render import PromptRenderer
 from fastsd.refusals import longest_sequence
-from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters
 from fastsd.runtime.world import ALONE, World
+from fastsd.serving.draw import Draw
+from fastsd.serving.fleet import Fleet
+from fastsd.serving.nccl import Choice, WeightTransfer, choose_sync
+from fastsd.serving.server import RolloutError, VllmServer
+from fastsd.serving.weights import SharedFiles
 from fastsd.sharding import Replica
-from fastsd.sync import SharedFiles
 from fastsd.types import Branch, Prompt, Rollout, StepMetrics, TokenTree
-from fastsd.vllm_draw import Draw
-from fastsd.vllm_fleet import Fleet
-from fastsd.vllm_server import RolloutError, VllmServer
-from fastsd.weight_transfer import Choice, WeightTransfer, choose_sync
 from fastsd_kernels import fused_linear_statistics
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
 from fastsd.types import Prompt
 from fastsd.vllm_rollout import VllmSampler
 

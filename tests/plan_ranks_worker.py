@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 from fastsd.config import Config
-from fastsd.layout import Sample
 from fastsd.runtime.shards import local
 from fastsd.runtime.world import open_world
 from fastsd.session import Session
 from fastsd.train import update
-from fastsd.types import Prompt, Rollout
+from fastsd.types import Prompt, Rollout, Sample
 
 
 class Received:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastsd import sharded_checkpoint
-from fastsd.checkpoint import load_latest, save_checkpoint
+from fastsd.checkpoint import load_latest, save_checkpoint, tensors
 from fastsd.errors import FastsdError
 from fastsd.runtime.shards import whole
 from fastsd.runtime.world import ALONE, World, guarded, open_world
@@ -105,7 +104,7 @@ def elsewhere(rank: int, folder: Path) -> list[str]:
 def one_dies(run_dir: Path) -> None:
     """While it writes its shards."""
     if world.rank == 1:
-        sharded_checkpoint._settle = lambda path: os._exit(0)
+        tensors._settle = lambda path: os._exit(0)
     with guarded(lambda: " in phase 'save'"):
         save(run_dir, 1)
 
@@ -128,7 +127,7 @@ def main(folder: Path, reads: list[str]) -> None:
     answers = {name: differing(folder / name) for name in reads}
     for name in ("whole", "twice"):
         save(folder / f"{world.size}-{name}", 1)
-    sharded_checkpoint._FILE_BYTES = 64
+    tensors._FILE_BYTES = 64
     save(folder / f"{world.size}-files", 1)
     answers["own"] = differing(folder / f"{world.size}-files")
     if world.size == 2:

@@ -14,12 +14,12 @@ from fastsd.advantage import (
     Localisation,
     LocalisationError,
     Region,
-    group_advantages,
     localisation,
     place,
     token_spans,
 )
 from fastsd.errors import FastsdError
+from fastsd.rewards.functions import group_advantages
 from fastsd.types import Prompt, Rollout, Step
 
 PROMPT = Prompt("q0", ({"role": "user", "content": "?"},))

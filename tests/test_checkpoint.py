@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fastsd.checkpoint import checkpoints, load_latest, save_checkpoint
+from fastsd.checkpoint.manifest import verify
 from fastsd.config.sections import LoraConfig, ModelConfig
 from fastsd.errors import CheckpointError
-from fastsd.manifest import verify
 from fastsd.runtime.world import World
 
 FORK = multiprocessing.get_context("fork")

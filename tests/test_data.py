@@ -9,8 +9,9 @@ import pytest
 from rows import write_rows
 
 from fastsd.config.sections import DataConfig
-from fastsd.data import RowSource, load_data, main
-from fastsd.data_files import DataError, read_prompts
+from fastsd.data import main
+from fastsd.prompts.files import DataError, read_prompts
+from fastsd.prompts.sources import RowSource, load_data
 from fastsd.tasks import load_task
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 from rows import write_rows
 
-from fastsd.data_files import DataError, read_prompts
+from fastsd.prompts.files import DataError, read_prompts
 
 
 def test_fields_of_each_shape(tmp_path):

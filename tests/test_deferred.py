@@ -8,10 +8,10 @@ from unpacked import everything_in_fp64
 from fastsd.config.sections import LoraConfig, TeacherConfig
 from fastsd.deferred import DeferredPrefix, Passes
 from fastsd.errors import FastsdError
-from fastsd.layout import MicroBatch, Sample
+from fastsd.layout import MicroBatch
 from fastsd.runtime.phases import PhaseClock
 from fastsd.teacher import Teacher
-from fastsd.types import Branch, Prompt, Rollout, TokenTree
+from fastsd.types import Branch, Prompt, Rollout, Sample, TokenTree
 from fastsd_kernels import fused_linear_loss
 
 QUESTION = tuple(range(5, 12))

@@ -8,12 +8,13 @@ import pytest
 from runs import small_config
 
 from fastsd.config.sections import CriticConfig
-from fastsd.critics.text import Reply, TextCritic
-from fastsd.data_files import read_prompts
+from fastsd.critics.text import TextCritic
 from fastsd.errors import CriticUnavailable
 from fastsd.filter import KEPT, Filter, FilterError, row_of
+from fastsd.prompts.files import read_prompts
+from fastsd.rewards.functions import exact_reward
+from fastsd.serving.cache import Reply
 from fastsd.types import Critique, Prompt, Rollout
-from fastsd.verify import exact_reward
 
 STEPS = "1. one\n2. two\nAnswer: "
 PLAIN = "it is clear. Answer: "

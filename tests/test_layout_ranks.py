@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.layout import Sample, micro_batches_by_rank
-from fastsd.types import Prompt, Rollout
+from fastsd.layout import micro_batches_by_rank
+from fastsd.types import Prompt, Rollout, Sample
 
 
 def group(name: str, size: int, prompt: int, response: int, taught: bool) -> list[Sample]:

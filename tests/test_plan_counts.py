@@ -14,7 +14,7 @@ from bench.train_step_count import count as bench_count
 from bench.train_step_problem import Lengths as BenchLengths
 from fastsd.config.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.deferred import Passes
-from fastsd.layout import Sample, micro_batches
+from fastsd.layout import micro_batches
 from fastsd.model import load_policy
 from fastsd.plan_counts import count_step
 from fastsd.plan_memory import largest_micro_batch, memory
@@ -23,7 +23,7 @@ from fastsd.plan_ranks import Site
 from fastsd.plan_rows import Lengths, Step, group_rows, packs
 from fastsd.runtime.phases import PhaseClock
 from fastsd.teacher import Teacher
-from fastsd.types import Branch, Prompt, Rollout, TokenTree
+from fastsd.types import Branch, Prompt, Rollout, Sample, TokenTree
 
 AT = Lengths(question=24, feedback=18, response=9, samples=4, longest_response=9)
 STEP = Step(AT, 2, "group", True, 16384, True, 256)

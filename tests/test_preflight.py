@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from fastsd.config import Config
 from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
-from fastsd.layout import common_prefix
-from fastsd.render import PromptError, PromptRenderer
+from fastsd.prompts.render import PromptError, PromptRenderer
+from fastsd.prompts.samples import common_prefix
 from fastsd.session import Session
 from fastsd.train import main, update
 from fastsd.types import Prompt
@@ -81,7 +81,7 @@ def test_feedback_without_any_room_means_no_teacher(tmp_path):
     config = small_config("critique", rollout={"max_new_tokens": 243})
     session = Session(config, tmp_path)
     samples = session.next_samples()
-    assert all(s.teacher_ids is None and s.feedback_cut for s in samples if s.feedback)
+    assert all(s.teacher_ids is None and s.feedback_cut for s in samples if s.feedback.text)
     metrics = update(session, samples).metrics()
     assert metrics["feedback/cut_share"] > 0.5 and metrics["skipped"] == 1.0
 

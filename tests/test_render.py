@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastsd.config.sections import PromptConfig
-from fastsd.render import PromptError, PromptRenderer, fill_template
+from fastsd.prompts.render import PromptError, PromptRenderer, fill_template
 from fastsd.types import Prompt
 
 TEMPLATE = PromptConfig().critique_template

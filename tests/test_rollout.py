@@ -17,7 +17,7 @@ from fastsd.decoding import Decoding
 from fastsd.errors import FastsdError
 from fastsd.model import load_policy
 from fastsd.packed_layers import packed_layers, packed_layers_name
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
 from fastsd.types import Branch, Prompt, TokenTree
 from fastsd_kernels import PackedLinear, PrefixDecodeCache, native_library

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from sharded_checkpoint_worker import save, tensors_of
 
 from fastsd.checkpoint import load_latest
+from fastsd.checkpoint.manifest import verify
+from fastsd.checkpoint.tensors import SavedTensors, copy_into, write_tensors
 from fastsd.errors import CheckpointError
-from fastsd.manifest import verify
 from fastsd.runtime.world import ALONE
-from fastsd.sharded_checkpoint import SavedTensors, copy_into, write_tensors
 
 
 def assert_same(saved: SavedTensors, want: dict[str, torch.Tensor]) -> None:

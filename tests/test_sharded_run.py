@@ -21,7 +21,7 @@ from torchrun import finished, torchrun
 from transformers import AutoModelForCausalLM
 
 from fastsd.checkpoint import checkpoints
-from fastsd.sharded_checkpoint import SavedTensors
+from fastsd.checkpoint.tensors import SavedTensors
 
 STEPS = 10
 # Between two batches of rollouts, and within one: the buffer is part of what is carried over.

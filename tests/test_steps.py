@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastsd.steps import STEP_INSTRUCTION, format_obeyed, parse_steps
+from fastsd.tasks.steps import STEP_INSTRUCTION, format_obeyed, parse_steps
 
 # (text, form, bodies, answer text)
 TEXTS = [

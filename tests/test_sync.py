@@ -9,7 +9,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, build_tiny, load_tiny
 
-from fastsd.sync import PolicyWeights, names_of_head, write_weights
+from fastsd.serving.weights import PolicyWeights, names_of_head, write_weights
 
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
 MODELS = [

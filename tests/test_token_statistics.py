@@ -11,9 +11,8 @@ from tiny_models import build_tiny, load_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd import token_statistics as module
-from fastsd.layout import Sample
 from fastsd.token_statistics import token_statistics, top_tokens
-from fastsd.types import Prompt, Rollout
+from fastsd.types import Prompt, Rollout, Sample
 
 TEMPERATURE = 0.7
 BETA = 0.3

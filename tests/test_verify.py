@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from fastsd.answers import extract_answer
 from fastsd.config.sections import RewardConfig
 from fastsd.errors import FastsdError
+from fastsd.rewards.functions import MathReward, exact_reward, load_reward, score_rollouts
+from fastsd.tasks.answers import extract_answer
 from fastsd.types import Prompt, Rollout
-from fastsd.verify import MathReward, exact_reward, load_reward, score_rollouts
 
 
 def rollout(text, answer="42", **columns):
@@ -143,14 +143,14 @@ def test_answers_are_never_evaluated(maths, tmp_path):
 
 
 def test_worker_refuses_whatever_the_libraries_try(tmp_path):
-    from fastsd import verify_worker
+    from fastsd.runtime import sandbox
 
     def attempt(action):
         child = os.fork()
         if child == 0:
             import sys
 
-            sys.addaudithook(verify_worker.refuse)
+            sys.addaudithook(sandbox.refuse)
             try:
                 action()
             except PermissionError:
@@ -180,7 +180,7 @@ def test_a_slow_answer_is_killed_and_its_neighbours_are_scored(maths):
 
 
 def test_a_dead_or_wedged_worker_is_replaced(monkeypatch):
-    monkeypatch.setattr("fastsd.verify.PATIENCE_S", 0.5)
+    monkeypatch.setattr("fastsd.rewards.functions.PATIENCE_S", 0.5)
     reward = MathReward(timeout_s=0.5)
     assert score(reward, "42.0", "42") == 1.0
     pids = []
@@ -288,17 +288,17 @@ def test_task_reward():
     ],
 )
 def test_a_judge_is_limited(judge, verdict):
-    from fastsd import verify_worker
+    from fastsd.runtime import sandbox
 
     start = time.perf_counter()
-    assert verify_worker.check(judge, 0.3) == verdict
+    assert sandbox.check(judge, 0.3) == verdict
     assert time.perf_counter() - start < 2
 
 
 def test_limits_that_outlast_the_worker():
     import resource
 
-    from fastsd import verify_worker
+    from fastsd.runtime import sandbox
 
     def judge():
         limits = {
@@ -307,4 +307,4 @@ def test_limits_that_outlast_the_worker():
         return limits == expected
 
     expected = {"NPROC": (0, 0), "FSIZE": (0, 0), "CORE": (0, 0), "CPU": (2, 2)}
-    assert verify_worker.check(judge, 0.9) == "right"
+    assert sandbox.check(judge, 0.9) == "right"

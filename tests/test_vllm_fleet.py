@@ -9,7 +9,7 @@ from fake_vllm import FIXTURES, PROMPTS, open_tiny
 
 from fastsd.config.sections import ModelConfig
 from fastsd.model import load_policy
-from fastsd.vllm_server import RolloutError, RolloutUnavailable
+from fastsd.serving.server import RolloutError, RolloutUnavailable
 
 folder, _, serve = FIXTURES
 

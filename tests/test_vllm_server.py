@@ -14,14 +14,14 @@ import torch
 from fake_vllm import FIXTURES, PROMPTS, open_tiny
 from tiny_models import build_tiny, build_tiny_qwen3, load_tiny
 
+import fastsd.serving.server
 import fastsd.vllm_rollout
-import fastsd.vllm_server
 from fastsd.config.sections import PromptConfig, RolloutConfig
 from fastsd.errors import Interrupted
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
 from fastsd.runtime.signals import SignalGate
+from fastsd.serving.server import RolloutError, RolloutUnavailable
 from fastsd.vllm_rollout import VllmSampler
-from fastsd.vllm_server import RolloutError, RolloutUnavailable
 
 folder, policy, serve = FIXTURES
 
@@ -158,7 +158,7 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(
     policy, serve, tmp_path, monkeypatch, path, answer, message
 ):
     server = serve()
-    monkeypatch.setattr(fastsd.vllm_server, "RESET_PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr(fastsd.serving.server, "RESET_PAUSES_S", (0.01, 0.01))
     server.faults = lambda found, body: answer if found == path else None
     with pytest.raises(RolloutError, match=message) as error:
         open_tiny(policy, tmp_path, [server]).sample(PROMPTS, 1, key=(1,))
@@ -190,7 +190,7 @@ NO_HTTP = {
 
 @pytest.mark.parametrize("what", NO_HTTP)
 def test_a_port_of_something_else(policy, tmp_path, monkeypatch, what):
-    monkeypatch.setattr(fastsd.vllm_server, "SHORT_S", 1.0)
+    monkeypatch.setattr(fastsd.serving.server, "SHORT_S", 1.0)
     with listening(NO_HTTP[what]) as other:
         url = f"http://127.0.0.1:{other.getsockname()[1]}"
         found = "gave no whole reply" if what == "never answers" else "(Read|RemoteProtocol)Error"

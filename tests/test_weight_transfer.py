@@ -18,13 +18,13 @@ from fake_transfer import MemoryEngine
 from fake_vllm import FIXTURES, PROMPTS, TRANSFER_PATHS, open_tiny
 from tiny_models import build_tiny
 
-import fastsd.transfer_group
+import fastsd.serving.nccl_group
 from fastsd.config.sections import RolloutConfig
 from fastsd.errors import Interrupted
 from fastsd.runtime.signals import SignalGate
-from fastsd.vllm_fleet import Fleet
-from fastsd.vllm_server import RolloutError, RolloutUnavailable
-from fastsd.weight_transfer import WeightTransfer, _meeting_place, choose_sync, open_nccl
+from fastsd.serving.fleet import Fleet
+from fastsd.serving.nccl import WeightTransfer, _meeting_place, choose_sync, open_nccl
+from fastsd.serving.server import RolloutError, RolloutUnavailable
 
 folder, policy, serve = FIXTURES
 
@@ -139,7 +139,7 @@ def test_no_server_left_ends_the_run_resumably(policy, serve, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_server_that_never_answers_is_lost_in_time(policy, serve, tmp_path, stage, monkeypatch):
-    monkeypatch.setattr(fastsd.transfer_group, "GRACE_S", 0.3)
+    monkeypatch.setattr(fastsd.serving.nccl_group, "GRACE_S", 0.3)
     server, release = serve(), threading.Event()
     sampler = open_transfer(policy, tmp_path, [server], timeout_s=0.7)
     server.faults = lambda path, body: path == f"/{stage}" and release.wait(20) and "drop"
@@ -152,7 +152,7 @@ def test_a_server_that_never_answers_is_lost_in_time(policy, serve, tmp_path, st
 
 def test_who_still_waits_for_a_dead_server_is_lost_too(policy, serve, tmp_path, monkeypatch):
     """A worker that hangs inside NCCL is not woken by the trainer's leaving."""
-    monkeypatch.setattr(fastsd.transfer_group, "GRACE_S", 0.3)
+    monkeypatch.setattr(fastsd.serving.nccl_group, "GRACE_S", 0.3)
     servers, release = [serve(), serve(), serve()], threading.Event()
     sampler = open_transfer(policy, tmp_path, servers)
     servers[1].faults = drops("update_weights")
@@ -186,7 +186,7 @@ def test_a_server_of_another_shape_is_the_users_to_change(policy, serve, tmp_pat
 
 
 def test_a_failure_in_this_process_is_told_as_such(policy, serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastsd.transfer_group, "GRACE_S", 0.3)
+    monkeypatch.setattr(fastsd.serving.nccl_group, "GRACE_S", 0.3)
     sampler = open_transfer(policy, tmp_path, [serve()])
 
     def taken(address, port, group, weights):
@@ -215,7 +215,7 @@ def test_a_failure_in_this_process_is_told_as_such(policy, serve, tmp_path, monk
 
 def test_a_transfer_that_nobody_ends_is_left_alone(policy, serve, tmp_path, monkeypatch):
     """All servers answered, and the engine here hangs: as inside NCCL, where nothing wakes it."""
-    monkeypatch.setattr(fastsd.transfer_group, "GRACE_S", 0.2)
+    monkeypatch.setattr(fastsd.serving.nccl_group, "GRACE_S", 0.2)
     release = threading.Event()
 
     class Hangs(MemoryEngine):

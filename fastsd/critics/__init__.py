@@ -13,8 +13,8 @@ from fastsd.critics.rule import RuleCritic
 from fastsd.types import Critic, Task
 
 if TYPE_CHECKING:
-    from fastsd.critics.text import Writer
-    from fastsd.verify import Reward
+    from fastsd.critics.writer import Writer
+    from fastsd.types import Reward
 
 
 def open_critic(

@@ -15,12 +15,12 @@ import torch
 from jinja2 import TemplateError
 
 from fastsd.config.sections import CriticConfig, ModelConfig, PromptConfig, RolloutConfig
-from fastsd.critics.text import Conversation, Reply
 from fastsd.model import Policy, load_policy
+from fastsd.prompts.render import PromptRenderer
 from fastsd.refusals import ModelError, longest_sequence
-from fastsd.render import PromptRenderer
 from fastsd.rollout import Sampler
-from fastsd.types import Prompt, Rollout
+from fastsd.serving.cache import Reply
+from fastsd.types import Conversation, Prompt, Rollout
 
 # Memory for replies under way, in tokens: fewer at once where they may be long.
 _REPLY_TOKENS = 131_072
@@ -30,7 +30,7 @@ _PROBE = ({"role": "system", "content": "Judge."}, {"role": "user", "content": "
 
 
 class LocalWriter:
-    """`fastsd.critics.text.Writer` from a model folder or Hugging Face name, critic.model.
+    """`fastsd.critics.writer.Writer` from a model folder or Hugging Face name, critic.model.
 
     Raises ModelError where the model cannot be loaded, has too few positions for critic.max_tokens
     or takes no system message.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.rule import reference_of
-from fastsd.steps import STEP_INSTRUCTION
+from fastsd.tasks.steps import STEP_INSTRUCTION
 from fastsd.types import Prompt, Rollout
 
 _MATERIAL = """\

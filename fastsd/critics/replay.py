@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.config.sections import CriticConfig
-from fastsd.critics.text import Reply, judged
-from fastsd.data_files import DataError, read_rows
-from fastsd.types import Critique, Rollout
-from fastsd.verify import Reward
+from fastsd.critics.text import judged
+from fastsd.prompts.files import DataError, read_rows
+from fastsd.serving.cache import Reply
+from fastsd.types import Critique, Reward, Rollout
 
 
 class ReplayCritic:

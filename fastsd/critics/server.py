@@ -22,9 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastsd.config.sections import CriticConfig
-from fastsd.critics.endpoint import Endpoint, RequestFailed
-from fastsd.critics.text import Conversation, Reply, WriterUnavailable
+from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import FastsdError
+from fastsd.serving.cache import Reply
+from fastsd.serving.endpoint import Endpoint, RequestFailed
+from fastsd.types import Conversation
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -39,7 +41,7 @@ T = TypeVar("T")
 
 
 class ServerWriter:
-    """`fastsd.critics.text.Writer` from critic.url and critic.model.
+    """`fastsd.critics.writer.Writer` from critic.url and critic.model.
 
     Raises FastsdError where the openai package is missing or the URL or key cannot be used.
     """

@@ -10,52 +10,14 @@ class of its own: it is counted, never replaced by text of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from fastsd.config.sections import CriticConfig
-from fastsd.critics.cache import ReplyCache
 from fastsd.critics.prompt import critic_messages, solve_messages, strip_thinking
 from fastsd.critics.validation import validate_all
-from fastsd.errors import CriticUnavailable
-from fastsd.types import Critique, Prompt, Rollout
-from fastsd.verify import Reward
-
-Conversation = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back for one conversation. text: thinking included; None where nothing arrived, and
-    then `failure` is its class ("timeout", "server_error", ...). truncated: it hit max_tokens."""
-
-    text: str | None
-    truncated: bool = False
-    failure: str | None = None
-
-
-class Writer(Protocol):
-    """A frozen model that answers conversations, greedily.
-
-    name: one clause for the run's header. identity: JSON of all that decides the text (kind, model,
-    template keyword arguments, max_tokens); replies are kept under it.
-    """
-
-    name: str
-    identity: dict[str, Any]
-
-    def write(self, conversations: Sequence[Conversation]) -> list[Reply]:
-        """One reply for each conversation, in order. Raises WriterUnavailable where it is dead."""
-        ...
-
-
-class WriterUnavailable(CriticUnavailable):
-    """A dead writer. partial: index of a conversation -> the reply that still arrived."""
-
-    def __init__(self, message: str, partial: dict[int, Reply] | None = None):
-        super().__init__(message)
-        self.partial = partial or {}
+from fastsd.critics.writer import Writer, WriterUnavailable
+from fastsd.serving.cache import Reply, ReplyCache
+from fastsd.types import Conversation, Critique, Prompt, Reward, Rollout
 
 
 class TextCritic:

@@ -20,10 +20,10 @@ from dataclasses import replace
 
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.prompt import MARK
-from fastsd.render import special_pattern
-from fastsd.steps import TextStep, parse_steps
-from fastsd.types import Critique, Rollout
-from fastsd.verify import Reward, score_rollouts
+from fastsd.prompts.render import special_pattern
+from fastsd.rewards.functions import score_rollouts
+from fastsd.tasks.steps import TextStep, parse_steps
+from fastsd.types import Critique, Reward, Rollout
 
 
 def validate_all(

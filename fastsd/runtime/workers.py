@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import queue
 import select
 import subprocess
@@ -20,6 +21,8 @@ from typing import Any
 
 from fastsd.errors import FastsdError
 
+# Of reward.timeout_s, what a worker's child gets before SIGKILL.
+CHILD_SHARE = 0.9
 _WORKERS = 2
 _START_S = 120.0
 
@@ -76,6 +79,13 @@ class WorkerPool:
             self._idle.put(worker)
 
 
+def _with_fastsd(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """An environment in which a worker imports the fastsd that started it."""
+    given = dict(os.environ if environment is None else environment)
+    roots = str(Path(__file__).parents[2]), given.get("PYTHONPATH")
+    return given | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
+
+
 class _Worker:
     """One process. `ask` is called by one thread at a time."""
 
@@ -89,7 +99,7 @@ class _Worker:
             [sys.executable, "-P", str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=_with_fastsd(environment),
         )
         assert self._process.stdin and self._process.stdout
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
@@ -115,7 +125,3 @@ class _Worker:
     def _line(self, patience_s: float) -> str | None:
         ready, _, _ = select.select([self._stdout], [], [], patience_s)
         return self._stdout.readline().decode().strip() or None if ready else None
-
-
-# Of reward.timeout_s, what a child gets before SIGKILL.
-CHILD_SHARE = 0.9

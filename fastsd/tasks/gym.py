@@ -26,11 +26,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsd.answers import extract_answer
 from fastsd.runtime.workers import CHILD_SHARE, WorkerPool
 from fastsd.tasks import TaskError, choose, did_you_mean
-from fastsd.types import Critique, Prompt, Step
-from fastsd.verify import Reward, completion_text
+from fastsd.tasks.answers import completion_text, extract_answer
+from fastsd.types import Critique, Prompt, Reward, Step
 
 # How extract_answer finds it, over several lines too; the worked solutions end in this form.
 INSTRUCTION = "Give the final answer between <answer> and </answer>."

@@ -1,10 +1,10 @@
 """A process that makes reasoning-gym questions and scores answers; fastsd.tasks.gym starts it.
 
-Run as `python -P gym_worker.py`; it imports reasoning-gym but neither fastsd nor torch. Lines on
-stdin are JSON objects whose "do" names a function below; each is answered by one line of JSON.
+Run as `python -P gym_worker.py`; it imports reasoning-gym and fastsd's sandbox, never torch. Lines
+on stdin are JSON objects whose "do" names a function below; each is answered by one line of JSON.
 
 Some scorers hand the answer to Python's `eval`, directly or by sympy's `parse_expr`. So an answer
-is only ever scored in a child that fastsd/verify_worker.py forks, limits and kills, and there its
+is only ever scored in a child that fastsd/runtime/sandbox.py forks, limits and kills, and there its
 audit hook refuses to compile text. Where that would refuse right answers too, which are formulas,
 a formula is let through: numbers, single letters, operators, brackets and the functions of
 `FORMULA`, a language without strings, attributes or subscripts in which nothing else can be named.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -28,8 +27,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
+
+from fastsd.runtime import sandbox
 
 # One question text in so many belongs to the eval split.
 HELD_OUT = 4
@@ -50,18 +50,6 @@ FORMULA = re.compile(
     rf"|(?:{'|'.join(_FUNCTIONS.split())}|[A-Za-z])(?![A-Za-z0-9_.]))*+"
 )
 _WORKED = re.compile(r"\n#### *([^\n]+)\s*\Z")
-
-
-def _load_sandbox() -> Any:
-    path = Path(__file__).parents[1] / "verify_worker.py"
-    spec = importlib.util.spec_from_file_location("verify_worker", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sandbox = _load_sandbox()
 
 
 @functools.lru_cache(maxsize=16)

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
 from fastsd.tasks.pretrain import Example, fit
 from fastsd.tasks.word_author import Author
 from fastsd.tasks.word_problems import (

@@ -85,11 +85,6 @@ class Attempt:
     answer: int | None
 
     @property
-    def well_formed(self) -> bool:
-        """Every step readable with the right numbers on its left, then one answer line."""
-        return all(self.valid) and self.answer is not None
-
-    @property
     def first_error(self) -> int | None:
         """Index of the first wrong step; the answer line counts as the last step."""
         for k, (addition, valid) in enumerate(zip(self.additions, self.valid, strict=True)):

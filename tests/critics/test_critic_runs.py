@@ -13,9 +13,10 @@ from tiny_models import build_tiny_llama
 
 import fastsd.critics as critics
 from fastsd.config import Config
-from fastsd.critics.text import Reply, WriterUnavailable
+from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import CriticUnavailable
 from fastsd.run_folder import read_last_completions, read_metrics
+from fastsd.serving.cache import Reply
 
 
 @pytest.fixture(scope="module")

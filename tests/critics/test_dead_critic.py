@@ -22,8 +22,10 @@ from fastsd.checkpoint import checkpoints
 from fastsd.config import load_config
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.server import ServerWriter
-from fastsd.critics.text import Reply, TextCritic, WriterUnavailable
+from fastsd.critics.text import TextCritic
+from fastsd.critics.writer import WriterUnavailable
 from fastsd.run_folder import read_metrics
+from fastsd.serving.cache import Reply
 from fastsd.train import main
 from fastsd.types import Prompt, Rollout
 
@@ -254,7 +256,7 @@ def test_a_run_counts_each_class_of_failure(settings, tmp_path):
 
 
 def test_resuming_elsewhere_is_allowed_and_another_critic_is_not(settings):
-    from fastsd.fit import _FREE_ON_RESUME
+    from fastsd.checkpoint.matches import _FREE_ON_RESUME
 
     assert {"critic.url", "critic.api_key_env", "critic.timeout_s"} <= set(_FREE_ON_RESUME)
     assert not {"critic", "critic.model", "critic.sees"} & set(_FREE_ON_RESUME)

@@ -13,8 +13,9 @@ from tiny_models import build_tiny
 from fastsd.config.sections import CriticConfig
 from fastsd.critics import open_critic
 from fastsd.critics.local import LocalWriter
-from fastsd.critics.text import Reply, TextCritic
+from fastsd.critics.text import TextCritic
 from fastsd.refusals import ModelError
+from fastsd.serving.cache import Reply
 from fastsd.types import Prompt, Rollout
 
 INSTRUCTION = "Rewrite the attempt step by step. " * 8

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.prompt import INSTRUCTIONS, critic_messages, solve_messages, strip_thinking
-from fastsd.steps import STEP_INSTRUCTION
+from fastsd.tasks.steps import STEP_INSTRUCTION
 from fastsd.types import Prompt, Rollout
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.replay import ReplayCritic, read_critiques
-from fastsd.data_files import DataError
+from fastsd.prompts.files import DataError
+from fastsd.rewards.functions import exact_reward
 from fastsd.run_folder import CompletionRow, write_completions
 from fastsd.types import Prompt, Rollout
-from fastsd.verify import exact_reward
 
 GOOD = "Step 1: 1+2=3\nAnswer: 3"
 BAD = "Step 1: 1+2=4\nAnswer: 4"

@@ -16,11 +16,12 @@ import pytest
 from critics.fault_server import FAULTS, MODEL, RETRY_AFTER_S, WRONG_STEPS, FaultServer, completion
 from critics.server_critics import ask, first, named, writer
 
-from fastsd.critics.endpoint import _retry_after
 from fastsd.critics.server import _pause
-from fastsd.critics.text import Reply, WriterUnavailable
+from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import Interrupted
 from fastsd.runtime.signals import SignalGate
+from fastsd.serving.cache import Reply
+from fastsd.serving.endpoint import _retry_after
 
 # -- twelve classes of faults ---------------------------------------------------------------------
 

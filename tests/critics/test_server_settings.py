@@ -9,8 +9,9 @@ import pytest
 from critics.fault_server import MODEL, FaultServer
 from critics.server_critics import ask, named, writer
 
-from fastsd.critics.text import Reply, WriterUnavailable
+from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import FastsdError
+from fastsd.serving.cache import Reply
 
 KEY = "sk-planted-8c1f"
 

@@ -12,11 +12,12 @@ import pytest
 from fastsd.config import Config
 from fastsd.config.sections import CriticConfig
 from fastsd.critics import open_critic
-from fastsd.critics.cache import ReplyCache
-from fastsd.critics.text import Reply, TextCritic, WriterUnavailable
+from fastsd.critics.text import TextCritic
+from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import CheckpointError, CriticUnavailable
+from fastsd.rewards.functions import exact_reward
+from fastsd.serving.cache import Reply, ReplyCache
 from fastsd.types import Prompt, Rollout
-from fastsd.verify import exact_reward
 
 GOOD = "Step 1: 1+2=3\nAnswer: 3"
 

@@ -10,8 +10,8 @@ import pytest
 from fastsd.config.sections import CriticConfig, RewardConfig
 from fastsd.critics.prompt import critic_messages
 from fastsd.critics.validation import validate_all
+from fastsd.rewards.functions import exact_reward, load_reward
 from fastsd.types import Prompt, Rollout
-from fastsd.verify import exact_reward, load_reward
 
 ATTEMPT = "Step 1: 1+2=3\nStep 2: 3+3=7\nStep 3: 7+1=8\nAnswer: 8"
 FIXED = "Step 1: 1+2=3\nStep 2: 3+3=6\nStep 3: 6+1=7\nAnswer: 7"

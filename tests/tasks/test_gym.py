@@ -12,12 +12,12 @@ import time
 
 import pytest
 
-from fastsd.answers import extract_answer
 from fastsd.config.sections import RewardConfig
+from fastsd.rewards.functions import load_reward, score_rollouts
 from fastsd.tasks import TaskError, gym, gym_worker, load_task
+from fastsd.tasks.answers import extract_answer
 from fastsd.tasks.gym import GymReward, ReasoningGym
 from fastsd.types import Prompt, Rollout
-from fastsd.verify import load_reward, score_rollouts
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="needs the extra `data`"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsd.config import Config
 from fastsd.config.sections import PromptConfig
-from fastsd.render import PromptRenderer
+from fastsd.prompts.render import PromptRenderer
 from fastsd.tasks import smollm2
 from fastsd.tasks.smollm2 import Health, SmolLM2Error
 from fastsd.tasks.word_author import Author

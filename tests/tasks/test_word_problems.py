@@ -261,7 +261,8 @@ def test_examples():
     assert abs(share - HINTED_SHARE) < sampling_tolerance(HINTED_SHARE, len(examples))
     for example in examples:
         assert example.prompt.id.startswith("word_problems/train/")
-        assert read_attempt(example.prompt.question, example.response).well_formed
+        attempt = read_attempt(example.prompt.question, example.response)
+        assert all(attempt.valid) and attempt.answer is not None
     for example in hinted:
         steps = [line.split("=") for line in example.hint.split("\n")]
         assert all(sum(map(int, left.split("+"))) == int(value) for left, value in steps)
@@ -273,5 +274,5 @@ def test_examples():
 def test_write_response_reads_back():
     steps = derivation([12, 7, 25], random.Random(0), swap_rate=0.5)
     attempt = read_attempt(QUESTION, write_response(steps))
-    assert attempt.well_formed and attempt.first_error is None
+    assert all(attempt.valid) and attempt.answer == 44 and attempt.first_error is None
     assert as_text(attempt.additions) == as_text(steps)

@@ -13,11 +13,11 @@ from gloo_engine import open_gloo
 
 from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
-from fastsd.render import PromptRenderer
-from fastsd.sync import SharedFiles
-from fastsd.vllm_fleet import ask
+from fastsd.prompts.render import PromptRenderer
+from fastsd.serving.fleet import ask
+from fastsd.serving.nccl import WeightTransfer
+from fastsd.serving.weights import SharedFiles
 from fastsd.vllm_rollout import VllmSampler
-from fastsd.weight_transfer import WeightTransfer
 
 TIMEOUT_S = 240.0
 

@@ -4,10 +4,10 @@
 
 `load_reward` gives the task's own check, exact match, math-verify, or a user's function;
 `score_rollouts` calls any of them. The built-in ones compare the final answer of the response,
-as fastsd.answers finds it.
+as fastsd.tasks.answers finds it.
 
 Answer text is untrusted. It is only ever compared as a string, or parsed as LaTeX by math-verify
-in another process (fastsd/verify_worker.py), which never imports torch and forks a child per
+in another process (fastsd/rewards/math_worker.py), which never imports torch and forks a child per
 answer. A child gets 90 % of reward.timeout_s and then SIGKILL; the rest of the time pays for the
 kill and the next fork, so that N answers on two workers take at most N / 2 * timeout_s after the
 workers' start (about 2 s, once, at the first answer that needs them). A worker that itself stops
@@ -24,20 +24,20 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsd.answers import extract_answer, folded
 from fastsd.config.sections import RewardConfig
 from fastsd.errors import FastsdError
 from fastsd.runtime.workers import CHILD_SHARE, WorkerPool
-from fastsd.types import Rollout, Task
-
-Reward = Callable[..., list[float | None]]
+from fastsd.tasks.answers import completion_text, extract_answer, folded
+from fastsd.types import Reward, Rollout, Task
 
 MAX_ANSWER_CHARACTERS = 2000
 PATIENCE_S = 10.0
+# Added to a group's spread.
+EPSILON = 1e-4
 _BUILT_IN = ("task", "exact", "math")
 _WORDS = re.compile(r"[^\W\d_]{2,}([ '-][^\W\d_]+)*")
 
@@ -114,7 +114,7 @@ class MathReward:
         self.timeouts = 0
         if importlib.util.find_spec("math_verify") is None:
             raise FastsdError('reward.function = "math" needs: pip install math-verify')
-        script = Path(__file__).with_name("verify_worker.py")
+        script = Path(__file__).with_name("math_worker.py")
         self.workers = WorkerPool(script, [str(CHILD_SHARE * timeout_s)])
 
     def __call__(
@@ -143,11 +143,6 @@ def _worth_parsing(gold: str, found: str) -> bool:
     if gold == found or not found or _WORDS.fullmatch(gold):
         return False
     return len(found) <= MAX_ANSWER_CHARACTERS and len(gold) <= MAX_ANSWER_CHARACTERS
-
-
-def completion_text(completion: Any) -> str:
-    """The text of a completion: a message list (conversational) or a string."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def _required(answers: Sequence[str | None], name: str) -> list[str]:
@@ -228,3 +223,19 @@ def _import_function(spec: str) -> Reward:
 def _name(reward: Reward) -> str:
     module = getattr(reward, "__module__", "")
     return f"{module}:{getattr(reward, '__name__', type(reward).__name__)}"
+
+
+def group_advantages(rewards_G: Sequence[float | None]) -> list[float]:
+    """(r - mean) / (std + 1e-4) within one prompt's group (DeepSeekMath, arXiv 2402.03300).
+
+    std is the sample standard deviation (divided by n - 1), as in TRL. Responses without a reward
+    are outside mean and std and get 0; so does a group without spread, or with one reward only.
+    """
+    known = [r for r in rewards_G if r is not None]
+    if any(not math.isfinite(r) for r in known):
+        raise FastsdError(f"rewards must be finite numbers or None; found {list(rewards_G)}")
+    if len(known) < 2 or min(known) == max(known):
+        return [0.0] * len(rewards_G)
+    mean = math.fsum(known) / len(known)
+    std = math.sqrt(math.fsum((r - mean) ** 2 for r in known) / (len(known) - 1))
+    return [0.0 if r is None else (r - mean) / (std + EPSILON) for r in rewards_G]

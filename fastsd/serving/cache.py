@@ -16,15 +16,24 @@ import json
 import logging
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastsd.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from fastsd.critics.text import Conversation, Reply
+from fastsd.types import Conversation
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one conversation. text: thinking included; None where nothing arrived, and
+    then `failure` is its class ("timeout", "server_error", ...). truncated: it hit max_tokens."""
+
+    text: str | None
+    truncated: bool = False
+    failure: str | None = None
 
 
 class ReplyCache:
@@ -72,8 +81,6 @@ class ReplyCache:
 
 
 def _reply(record: Any, key: str) -> Reply | None:
-    from fastsd.critics.text import Reply
-
     if not isinstance(record, dict) or _sha256(record.get("request")) != key:
         return None
     kept = record.get("reply")

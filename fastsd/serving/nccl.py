@@ -23,15 +23,14 @@ from urllib.parse import urlsplit
 import torch
 
 from fastsd.config.sections import RolloutConfig
-from fastsd.sync import PolicyWeights
-from fastsd.transfer_group import Engine, ServerGroup
-from fastsd.vllm_fleet import Fleet
-from fastsd.vllm_server import RolloutError, VllmServer
+from fastsd.serving.fleet import Fleet
+from fastsd.serving.nccl_group import Engine, ServerGroup
+from fastsd.serving.server import RolloutError, VllmServer
+from fastsd.serving.weights import PlacedWeights, PolicyWeights, ServedPolicy
 
 if TYPE_CHECKING:
     import httpx
 
-    from fastsd.sharding import Replica
 
 _HOW_TO_START = """start it with --weight-transfer-config '{"backend": "nccl"}'"""
 
@@ -97,19 +96,19 @@ def open_nccl(address: str, port: int, group: ServerGroup, weights: PolicyWeight
 
 
 class WeightTransfer:
-    """Hands weights to servers by vLLM's weight transfer; what `sync.SharedFiles` does by a folder.
+    """Hands weights to servers by vLLM's weight transfer; what `SharedFiles` does by a folder.
 
     timeout_s: for each call of a server, and for a transfer as a whole. open_engine: what sends.
     """
 
     name = "NCCL"
 
-    def __init__(self, policy, timeout_s: float, open_engine: OpenEngine = open_nccl):
+    def __init__(self, policy: ServedPolicy, timeout_s: float, open_engine: OpenEngine = open_nccl):
         self._policy, self._open_engine, self._timeout_s = policy, open_engine, timeout_s
         self._group: ServerGroup | None = None
         self._label = ""
 
-    def collect(self, weights: Replica) -> Callable[[Fleet, int], None]:
+    def collect(self, weights: PlacedWeights) -> Callable[[Fleet, int], None]:
         """What gives all living servers of a fleet the present weights; one that fails is lost."""
         return self._give
 

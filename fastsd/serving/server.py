@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import FastsdError
-from fastsd.vllm_draw import Draw, Group, excerpt, read_group
+from fastsd.serving.draw import Draw, Group, excerpt, read_group
 
 if TYPE_CHECKING:
     import httpx

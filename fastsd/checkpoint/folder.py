@@ -31,10 +31,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastsd.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    TRAINER,
+    fault,
+    sha256,
+    sync,
+    verify,
+    write_manifest,
+)
+from fastsd.checkpoint.tensors import SavedTensors, write_tensors
 from fastsd.errors import CheckpointError
-from fastsd.manifest import MANIFEST, STATE, TRAINER, fault, sha256, sync, verify, write_manifest
 from fastsd.runtime.world import ALONE, World
-from fastsd.sharded_checkpoint import SavedTensors, write_tensors
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
 
 _MARK = re.compile(r"\\boxed\s*\{|<answer>|\banswer\s*:", re.IGNORECASE)
 _CLOSING = re.compile("</answer>", re.IGNORECASE)
@@ -51,3 +52,8 @@ def folded(text: str) -> str:
     if len(text) > 1 and text[0] == text[-1] == "$":
         text = text[1:-1].strip()
     return text.casefold()
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: a message list (conversational) or a string."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -23,11 +23,10 @@ from urllib.parse import urlsplit
 
 from fastsd.config.sections import CriticConfig
 from fastsd.errors import FastsdError
+from fastsd.types import Conversation
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
-
-    from fastsd.critics.text import Conversation
 
 _CONNECT_S = 10.0
 # JSON around a reply, and what one token of it takes at most, escaped.

@@ -20,7 +20,7 @@ from typing import Any
 
 from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
-from fastsd.layout import common_prefix
+from fastsd.prompts.samples import common_prefix
 from fastsd.types import Prompt
 
 _MARKER = "\ue000fastsd{}\ue001"

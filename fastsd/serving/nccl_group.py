@@ -17,8 +17,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastsd.vllm_fleet import ask
-from fastsd.vllm_server import RolloutError, ServerLost, VllmServer
+from fastsd.serving.fleet import ask
+from fastsd.serving.server import RolloutError, ServerLost, VllmServer
 
 if TYPE_CHECKING:
     import httpx

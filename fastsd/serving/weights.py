@@ -15,26 +15,43 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastsd.vllm_server import RolloutError, VllmServer
+from fastsd.serving.server import RolloutError, VllmServer
 
 if TYPE_CHECKING:
     import httpx
 
-    from fastsd.sharding import Replica
-    from fastsd.vllm_fleet import Fleet
+    from fastsd.serving.fleet import Fleet
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TIED_HEAD = "tied_head.safetensors"
 # What comes before "self_attn" in "model.layers.0.self_attn.q_proj.weight".
 _LAYER = re.compile(r".*?\.\d+\.")
+
+
+class ServedPolicy(Protocol):
+    """What is read of a policy (fastsd/model/)."""
+
+    model: nn.Module
+    head_VD: Tensor
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class PlacedWeights(Protocol):
+    """What is asked of a run's weights, wherever they lie (fastsd/parallel/)."""
+
+    def saver(self) -> Callable[[Path], None]:
+        """What writes the model as a Hugging Face folder, on rank 0. Collective."""
+        ...
 
 
 class SharedFiles:
@@ -45,12 +62,12 @@ class SharedFiles:
 
     name = "shared files"
 
-    def __init__(self, policy, folder: Path):
+    def __init__(self, policy: ServedPolicy, folder: Path):
         self._head_names = names_of_head(policy)
         self._folder = folder.resolve()
         self._last: Path | None = None
 
-    def collect(self, weights: Replica) -> Callable[[Fleet, int], None]:
+    def collect(self, weights: PlacedWeights) -> Callable[[Fleet, int], None]:
         """What gives all living servers of a fleet the present weights, as a version; a server that
         fails is lost. Collective where the weights are spread over ranks; the first calls what it
         is given, all weights gathered. Raises RolloutError."""
@@ -103,10 +120,9 @@ def remove_others(weights: Path) -> None:
             shutil.rmtree(other)
 
 
-def names_of_head(policy) -> list[str]:
+def names_of_head(policy: ServedPolicy) -> list[str]:
     """The names under which the model has its head's weights; the embedding's too, if tied."""
-    model = policy.model.get_base_model() if hasattr(policy.model, "peft_config") else policy.model
-    parameters = model.named_parameters(remove_duplicate=False)
+    parameters = without_adapters(policy.model).named_parameters(remove_duplicate=False)
     return [name for name, parameter in parameters if parameter is policy.head_VD]
 
 
@@ -131,6 +147,11 @@ def add_tied_head(head_names: Sequence[str], folder: Path) -> None:
         index.write_text(json.dumps(listed), encoding="utf-8")
 
 
+def without_adapters(model: Any) -> Any:
+    """The Hugging Face model in a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 class TensorMeta(NamedTuple):
     """A tensor of a Hugging Face folder: its name, type and shape."""
 
@@ -144,9 +165,8 @@ class PolicyWeights:
     takes for its WeightSource. Adapters are merged a layer at a time. All weights must be whole on
     this process; iterating sends nothing to other ranks."""
 
-    def __init__(self, policy):
-        model = policy.model
-        self._model = model.get_base_model() if hasattr(model, "peft_config") else model
+    def __init__(self, policy: ServedPolicy):
+        self._model = without_adapters(policy.model)
 
     def metadata(self) -> list[TensorMeta]:
         """What iterating gives, in its order; nothing is merged or copied for it."""

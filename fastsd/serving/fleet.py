@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from fastsd.config.sections import RolloutConfig
-from fastsd.vllm_draw import Draw, Group
-from fastsd.vllm_server import RolloutError, RolloutUnavailable, ServerLost, VllmServer
+from fastsd.serving.draw import Draw, Group
+from fastsd.serving.server import RolloutError, RolloutUnavailable, ServerLost, VllmServer
 
 if TYPE_CHECKING:
     import httpx
