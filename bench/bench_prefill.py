@@ -27,8 +27,8 @@ from bench.train_step_model import save_model
 from bench.train_step_problem import CONFIGURATIONS, SPECIAL
 from fastsd.config.sections import ModelConfig
 from fastsd.model import Policy, load_policy
-from fastsd.packed_layers import packed_layers
-from fastsd.packing import Pack, PrefixKeys
+from fastsd.model.packed_layers import packed_layers
+from fastsd.model.packing import Pack, PrefixKeys
 from fastsd.prefill import prompt_trees
 from fastsd_kernels.testing import relative_error
 

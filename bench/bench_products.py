@@ -3,8 +3,8 @@
     python -m bench.bench_products [--rounds 7] [--json PATH]
 
 Four groups at SmolLM2-135M's shapes, one thread. layer: fp32 linear layers over 1,024 rows, forward
-and both gradients, torch's own GEMM and oneDNN's (`fastsd.cpu_linear`). head: bf16 operands with an
-fp32 result, as an fp32 GEMM of widened operands, and as oneDNN narrows those again
+and both gradients, torch's own GEMM and oneDNN's (`fastsd.model.cpu_linear`). head: bf16 operands
+with an fp32 result, as an fp32 GEMM of widened operands, and as oneDNN narrows those again
 (`fastsd_kernels.loss_head`). decode: a few rows times weights packed once (`PackedLinear`), and
 torch.nn.functional.linear. draw: a token for each of 32 rows of logits, greedy by argmax and by the
 sort that any other top_k takes, and from the whole distribution in C++ and in torch.
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench import measure
-from fastsd.cpu_linear import onednn_product
+from fastsd.model.cpu_linear import onednn_product
 from fastsd_kernels import PackedLinear, sample_from_logits
 
 SCRIPT = "bench/bench_products.py"

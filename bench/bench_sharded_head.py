@@ -79,10 +79,9 @@ class Cell:
     def __init__(self, layout: str, arguments: argparse.Namespace, world):
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from fastsd import attention
         from fastsd.config import Config
-        from fastsd.model import Policy
-        from fastsd.sharding import Sharded
+        from fastsd.model import Policy, attention
+        from fastsd.parallel.placement import Fsdp
 
         vocabulary, hidden = arguments.vocabulary, arguments.hidden
         torch.manual_seed(0)
@@ -94,7 +93,7 @@ class Cell:
         )  # fmt: skip
         self.policy = Policy(LlamaForCausalLM(shape).eval(), tokenizer(vocabulary))
         self.layout, self.shape = layout, (vocabulary, hidden)
-        self.weights = Sharded(Config(parallel={"head": layout}), self.policy, None, world)
+        self.placement = Fsdp(Config(parallel={"head": layout}), self.policy, None, world)
 
     def step(self, tokens: int) -> None:
         """Forward and backward of one micro-batch with `tokens` response tokens on this rank."""
@@ -109,11 +108,11 @@ class Cell:
         teacher_TD = student_TD.detach() + 0.3 * noise_TD
         weight_T = torch.full((tokens,), 1 / tokens)
         options = {"teacher_TD": teacher_TD, "divergence_weight_T": weight_T}
-        self.weights.loss_head(student_TD, target_T, options).loss.backward()
-        self.weights.release()
+        self.placement.loss_head(student_TD, target_T, options).loss.backward()
+        self.placement.release()
 
     def bytes_moved(self, tokens: int) -> int:
-        """For the head alone, as `fastsd.sharded_head.head_layout` counts them."""
+        """For the head alone, as `fastsd.parallel.loss_head.head_layout` counts them."""
         vocabulary, hidden = self.shape
         each = tokens * (2 * 4 + 2 * 4) if self.layout == "sharded" else vocabulary * (4 + 4)
         return each * hidden

@@ -207,7 +207,7 @@ class CheckpointSubject:
 def _run(request: Request) -> None:
     from fastsd.checkpoint import manifest
     from fastsd.localise import held_out_rollouts, localise, measure
-    from fastsd.model import model_path
+    from fastsd.model.loading import model_path
 
     start = time.perf_counter()
     config = request_config(request)

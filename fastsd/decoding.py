@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsd.decode_steps import AllSlots, Feed, RowsUnderWay
-from fastsd.packing import PrefixKeys
+from fastsd.model.packing import PrefixKeys
 from fastsd.prefill import PromptTree, prompt_trees
 
 # A prefill costs a pass over all weights: questions are admitted once this share of rows is free.

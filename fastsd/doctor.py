@@ -19,7 +19,7 @@ from importlib import metadata
 import torch
 
 import fastsd_kernels
-from fastsd.cpu_linear import takes_onednn
+from fastsd.model.cpu_linear import takes_onednn
 from fastsd.runtime import hardware
 from fastsd.runtime.program import run_main
 from fastsd_kernels.prefix_attention import implementation_name

@@ -191,7 +191,7 @@ def checkpoint_config(checkpoint: str, words: Sequence[str]) -> Config:
     from fastsd.config import load_config
     from fastsd.config.flags import parse_flags
     from fastsd.config.load import PRESET
-    from fastsd.model import model_path
+    from fastsd.model.loading import model_path
 
     folder = Path(model_path(checkpoint)).resolve()
     files = parse_flags(words).files
@@ -211,7 +211,8 @@ def evaluate_checkpoint(config: Config) -> EvalResult:
     import torch
 
     from fastsd.checkpoint import manifest
-    from fastsd.model import load_policy, model_path
+    from fastsd.model import load_policy
+    from fastsd.model.loading import model_path
     from fastsd.prompts.render import PromptRenderer
     from fastsd.prompts.sources import load_data
     from fastsd.rewards.functions import load_reward

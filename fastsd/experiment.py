@@ -118,8 +118,8 @@ def _prepare(
         [(_, base), *_] = lead(lambda: read_evaluations(run_dir))
         if not lead((run_dir / _LOCALISATION).exists):
             # A resumed run did not evaluate, and one rank cannot give servers their weights.
-            session.sampler.update_weights(session.step, weights=session.weights)
-        with session.weights.gathered():
+            session.sampler.update_weights(session.step, placement=session.placement)
+        with session.placement.gathered():
             names = [child.condition for child in children]
             where = lead(lambda: _localisation(session, run_dir, names))
     return base, where

@@ -92,7 +92,7 @@ def loss_head(
     if weights.entropy:
         ones = [float(not sample.dropped) for sample in samples]
         options["entropy_weight_T"] = _per_token(ones, samples, device) * weights.entropy
-    return session.weights.loss_head(student_TD, target_T, options)
+    return session.placement.loss_head(student_TD, target_T, options)
 
 
 def _per_token(values: Sequence[float], samples: Sequence[Sample], device) -> Tensor:

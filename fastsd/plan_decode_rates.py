@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd import attention
 from fastsd.decoding import Decoding, Rows
-from fastsd.model import Policy
-from fastsd.packed_layers import packed_layers
+from fastsd.model import Policy, attention
+from fastsd.model.packed_layers import packed_layers
 from fastsd.plan_clock import MOST_BYTES, MOST_FLOP, Rate, rate, spent, times
 from fastsd.plan_model import ModelCounts
 from fastsd.plan_rows import Step

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from fastsd import attention
 from fastsd.config.sections import ModelConfig
-from fastsd.model import model_path, prepare_training
+from fastsd.model import attention, facts
+from fastsd.model.loading import model_path, prepare_training
+from fastsd.model.refusals import ModelError, longest_sequence, refuse_unsupported
 from fastsd.plan_trace import Pass, Product, trace
-from fastsd.refusals import ModelError, longest_sequence, refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def count_model(config: ModelConfig, dtype: torch.dtype) -> ModelCounts:
         hidden=hf_config.hidden_size,
         vocabulary=head_VD.shape[0],
         heads=heads,
-        kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+        kv_heads=facts.kv_heads(hf_config),
+        head_dim=facts.head_dim(hf_config),
         longest=longest_sequence(hf_config),
         width=dtype.itemsize,
         checkpoints=config.gradient_checkpointing,

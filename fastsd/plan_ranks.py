@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastsd.config import Config
+from fastsd.parallel.loss_head import Head, Layout, head_layout
 from fastsd.plan_counts import LogitBytes, Work, head_works
 from fastsd.plan_model import ModelCounts
-from fastsd.sharded_head import Head, Layout, head_layout
 
 # Plain torch over fp32 logits, counted: reads and writes of each operation on them.
 _SPLIT_LOGIT_BYTES = LogitBytes(100, 40)

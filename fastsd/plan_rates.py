@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsd.cpu_linear import onednn_product, takes_onednn
+from fastsd.model.cpu_linear import onednn_product, takes_onednn
 from fastsd.plan_clock import MOST_BYTES, MOST_FLOP, Rate, rate, span, spent
 from fastsd.plan_counts import ADAMW_BYTES, Use, Work
 from fastsd.plan_model import ModelCounts

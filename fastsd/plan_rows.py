@@ -133,7 +133,7 @@ def _parts(prefix: float, branch: float, branches: int, parts: int) -> Rows:
 
 
 def packs(step: Step) -> Packs:
-    """Micro-batches of equal groups under the budget, as `fastsd.layout.micro_batches` makes them:
+    """Micro-batches of equal groups under the budget, as `fastsd.model.micro_batches` makes them:
     whole groups together, or one group in parts."""
     at, fed = step.lengths, step.lengths.response - 1
     questions = step.questions

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastsd.refusals import ModelError
+from fastsd.model.refusals import ModelError
 
 # Rows of the trace: a prime that no dimension of a model is a multiple of.
 _ROWS = 10007

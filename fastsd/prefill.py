@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import FastsdError
-from fastsd.packing import Pack
+from fastsd.model.packing import Pack
 from fastsd_kernels import PrefixTree
 
 # Small blocks share more of an instruction's end; each costs the attention a pass of its own.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from fastsd.config import Config
 from fastsd.errors import FastsdError
 from fastsd.model import Policy
+from fastsd.model.refusals import longest_sequence
 from fastsd.prompts.render import PromptRenderer
 from fastsd.prompts.sources import required_fields
-from fastsd.refusals import longest_sequence
 from fastsd.training.feedback import feedback_maker
 from fastsd.types import Prompt
 

@@ -162,7 +162,7 @@ def implementations(session: Session) -> dict[str, str]:
         "device": str(policy.device),
         "dtype": str(policy.dtype).removeprefix("torch."),
         "threads": str(_threads()),
-        **({"weights": session.weights.name} if session.weights.name else {}),
+        **({"weights": session.placement.name} if session.placement.name else {}),
     }
 
 

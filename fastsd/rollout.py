@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsd.config.sections import RolloutConfig
 from fastsd.decoding import Decoding, Rows
 from fastsd.errors import FastsdError
-from fastsd.packed_layers import packed_layers, packed_layers_name
+from fastsd.model.packed_layers import packed_layers, packed_layers_name
 from fastsd.prompts.render import PromptRenderer
 from fastsd.types import Prompt, Rollout, StepMetrics
 from fastsd_kernels import sample_from_logits
@@ -93,7 +93,7 @@ class Sampler:
         """The engine in one clause, for the run's header."""
         return f"{packed_layers_name(self.policy)}, in-process, shared prefixes"
 
-    def update_weights(self, version: int, staleness: int = 0, weights=None) -> None:
+    def update_weights(self, version: int, staleness: int = 0, placement=None) -> None:
         """Samples come from the weights of this version from now on, or of at most `staleness`
         before it: here they are always the present ones. weights: where they lie in many parts."""
 

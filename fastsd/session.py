@@ -25,13 +25,13 @@ from fastsd.checkpoint.matches import (
 from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
 from fastsd.critics import open_critic
-from fastsd.deferred import Passes
 from fastsd.errors import FastsdError
 from fastsd.evaluate import scored_samples, tabulate
 from fastsd.guards import Guard
-from fastsd.layout import MicroBatch, micro_batches, micro_batches_by_rank
 from fastsd.model import Policy, load_policy
+from fastsd.model.micro_batches import MicroBatch, micro_batches, micro_batches_by_rank
 from fastsd.optimizer import Optimizer
+from fastsd.parallel.placement import place_weights, refuse_ranks
 from fastsd.preflight import check_prompts, renderer_for
 from fastsd.prompts.samples import make_samples
 from fastsd.prompts.sources import load_data, required_fields
@@ -42,10 +42,10 @@ from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
 from fastsd.runtime.phases import PhaseClock
 from fastsd.runtime.signals import SignalGate
 from fastsd.runtime.world import open_world
-from fastsd.sharding import place_weights, refuse_ranks
 from fastsd.tasks import load_task
 from fastsd.tasks.answers import extract_answer
-from fastsd.teacher import Teacher
+from fastsd.teachers.passes import Passes
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.training.feedback import dropped_rollouts, feedback_maker
 from fastsd.training.state import sample_from_json, sample_to_json
 from fastsd.types import Critic, Feedback, Prompt, Rollout, Sample, Task
@@ -89,8 +89,8 @@ class Session:
         self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
         refuse_other_inputs(self)
-        self.weights = place_weights(config, self.policy, self.teacher, self.world)
-        if self.weights.shards_head:
+        self.placement = place_weights(config, self.policy, self.teacher, self.world)
+        if self.placement.shards_head:
             self.loss_head = "sharded by vocabulary"
         self.guard = Guard(config.guard)
         self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike, self.world)
@@ -127,8 +127,8 @@ class Session:
         count = rollout.prompts_per_step * rollout.steps_per_batch
         prompts = self.train_data.take(self.cursor, count, self.config.seed)
         with self.clock.phase("rollout"):
-            self.sampler.update_weights(self.step, rollout.max_staleness, self.weights)
-        samples = self.weights.spread(
+            self.sampler.update_weights(self.step, rollout.max_staleness, self.placement)
+        samples = self.placement.share_out(
             prompts, rollout.samples_per_prompt, self._roll_out, self.gate
         )
         return samples, self.cursor + count
@@ -191,10 +191,10 @@ class Session:
         due = self.step == 0 or self.done or (every and self.step % every == 0)
         if not due or self.world.lead(self._is_evaluated):
             return
-        self.sampler.update_weights(self.step, weights=self.weights)
+        self.sampler.update_weights(self.step, placement=self.placement)
         config = self.config.eval
         prompts = self.eval_prompts(config.questions)
-        scored = self.weights.spread(
+        scored = self.placement.share_out(
             prompts,
             config.samples,
             lambda some: scored_samples(self.sampler, self.reward, some, config, self.answer_of),
@@ -234,7 +234,7 @@ class Session:
             "model": parameter_shapes(self.policy.model),
         }
         with self.gate.closed():
-            save_model, keep = self.weights.saver(), self.config.checkpoint.keep
+            save_model, keep = self.placement.saver(), self.config.checkpoint.keep
             return save_checkpoint(
                 self.run_dir, self.step, save_model, tensors, state, keep, self.world
             )

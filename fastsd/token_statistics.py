@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastsd.config import Config
 from fastsd.config.sections import LossConfig, TeacherConfig
-from fastsd.deferred import Passes
-from fastsd.layout import micro_batches
 from fastsd.model import Policy
+from fastsd.model.micro_batches import micro_batches
 from fastsd.runtime.phases import PhaseClock
-from fastsd.teacher import Teacher
+from fastsd.teachers.passes import Passes
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Sample
 from fastsd_kernels import fused_linear_statistics
 

@@ -72,7 +72,7 @@ def update(
         if batch.deferred:
             session.optimizer.accumulate()
             passes.finish()
-    session.weights.release()
+    session.placement.release()
     statistics.add_ranks(session.world)
     session.clock.add_ranks(session.world)
     with session.gate.closed():

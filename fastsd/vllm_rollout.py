@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastsd.config.sections import RolloutConfig
+from fastsd.model.refusals import longest_sequence
+from fastsd.parallel.placement import OneProcess
 from fastsd.prompts.render import PromptRenderer
-from fastsd.refusals import longest_sequence
 from fastsd.rollout import Sampler, row_counters
 from fastsd.runtime.world import ALONE, World
 from fastsd.serving.draw import Draw
@@ -38,7 +39,6 @@ from fastsd.serving.fleet import Fleet
 from fastsd.serving.nccl import Choice, WeightTransfer, choose_sync
 from fastsd.serving.server import RolloutError, VllmServer
 from fastsd.serving.weights import SharedFiles
-from fastsd.sharding import Replica
 from fastsd.types import Branch, Prompt, Rollout, StepMetrics, TokenTree
 from fastsd_kernels import fused_linear_statistics
 
@@ -126,19 +126,19 @@ class VllmSampler(Sampler):
         ]
 
     def update_weights(
-        self, version: int, staleness: int = 0, weights: Replica | None = None
+        self, version: int, staleness: int = 0, placement: OneProcess | None = None
     ) -> None:
         """Gives every server the policy's present weights, unless all hold ones of at most
         `staleness` versions before. A server that was restarted, or came back, needs them.
 
-        weights: how they lie over the ranks; with more than one rank, all call this. Raises
+        placement: of the weights over the ranks; with more than one rank, all call this. Raises
         RolloutUnavailable where no server takes them, RolloutError where what one then answers is
         not what the policy computes.
         """
-        start, weights = time.perf_counter(), weights or Replica(self.policy)
+        start, placement = time.perf_counter(), placement or OneProcess(self.policy)
         if not self.world.lead(lambda: self._serves(version, staleness)):
-            give = self.sync.collect(weights)
-            with weights.gathered():
+            give = self.sync.collect(placement)
+            with placement.gathered():
                 self.world.lead(lambda: self._give_weights(version, give))
         told = self.world.lead(lambda: (self.version, self.fleet.state(), self._metrics))
         self.version, state, self._metrics = told

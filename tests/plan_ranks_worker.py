@@ -90,7 +90,7 @@ def run_case(case: dict, folder: Path, received: Received) -> dict:
     watch(session, received)
     received.bytes.clear()
     received.phase = "rollout decode"
-    with session.weights.gathered():
+    with session.placement.gathered():
         pass
     update(session, samples(session, case["lengths"]))
     state = session.optimizer.state_tensors()
@@ -101,7 +101,7 @@ def run_case(case: dict, folder: Path, received: Received) -> dict:
         copied = shard_bytes(session.teacher.policy.model) + sum(local(t).nbytes for t in averages)
     return {
         "bytes": dict(received.bytes),
-        "layout": session.weights.name,
+        "layout": session.placement.name,
         "weights": shard_bytes(session.policy.model),
         "moments": moments,
         "teacher": copied,

@@ -37,7 +37,7 @@ _update = training.update
 def shard_bytes(session, *args, **kwargs):
     """An update; then notes what this rank holds, the gradients being those before the step."""
     step, gradients = session.optimizer.step, {}
-    loss_head, heads = session.weights.loss_head, set()
+    loss_head, heads = session.placement.loss_head, set()
 
     def noted_head(*given):
         heads.add(len(local(session.policy.head_VD)))
@@ -48,9 +48,9 @@ def shard_bytes(session, *args, **kwargs):
         gradients.update({name: local(p.grad) for name, p in found if p.grad is not None})
         return step()
 
-    session.optimizer.step, session.weights.loss_head = noted_step, noted_head
+    session.optimizer.step, session.placement.loss_head = noted_step, noted_head
     statistics = _update(session, *args, **kwargs)
-    session.optimizer.step, session.weights.loss_head = step, loss_head
+    session.optimizer.step, session.placement.loss_head = step, loss_head
     state = session.optimizer.state_tensors()
     parts = {
         "parameters": dict(session.policy.model.named_parameters()),

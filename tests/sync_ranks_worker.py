@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny, load_tiny
 
 from fastsd.config import Config
+from fastsd.parallel.placement import place_weights
 from fastsd.runtime.world import open_world
 from fastsd.serving.weights import PolicyWeights, names_of_head, write_weights
-from fastsd.sharding import place_weights
 
 CASES = {
     "tied": ("llama", "gathered", {}),

@@ -7,8 +7,8 @@ import torch
 from tiny_models import build_tiny_llama
 
 from fastsd.config.sections import LoraConfig, ModelConfig
-from fastsd.cpu_linear import onednn_linear, takes_onednn, use_onednn
 from fastsd.model import load_policy
+from fastsd.model.cpu_linear import onednn_linear, takes_onednn, use_onednn
 from fastsd_kernels.testing import relative_error
 
 pytestmark = pytest.mark.skipif(

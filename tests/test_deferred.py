@@ -6,11 +6,11 @@ from tiny_models import build_tiny, load_tiny
 from unpacked import everything_in_fp64
 
 from fastsd.config.sections import LoraConfig, TeacherConfig
-from fastsd.deferred import DeferredPrefix, Passes
 from fastsd.errors import FastsdError
-from fastsd.layout import MicroBatch
+from fastsd.model.micro_batches import MicroBatch
 from fastsd.runtime.phases import PhaseClock
-from fastsd.teacher import Teacher
+from fastsd.teachers.passes import DeferredPrefix, Passes
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Branch, Prompt, Rollout, Sample, TokenTree
 from fastsd_kernels import fused_linear_loss
 

@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.layout import MicroBatch, micro_batches, student_trees, teacher_trees
-from fastsd.packing import PrefixKeys, count_tokens
+from fastsd.model.micro_batches import MicroBatch, micro_batches, student_trees, teacher_trees
+from fastsd.model.packing import PrefixKeys, count_tokens
 from fastsd.prompts.samples import common_prefix
 from fastsd.types import Prompt, Rollout, Sample
 

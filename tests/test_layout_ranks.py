@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.layout import micro_batches_by_rank
+from fastsd.model.micro_batches import micro_batches_by_rank
 from fastsd.types import Prompt, Rollout, Sample
 
 

@@ -8,9 +8,9 @@ from unpacked import everything_in_fp64, unpacked_hidden
 from fastsd.config.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.errors import FastsdError
 from fastsd.model import load_policy
-from fastsd.packing import count_tokens
-from fastsd.refusals import ModelError
-from fastsd.teacher import Teacher
+from fastsd.model.packing import count_tokens
+from fastsd.model.refusals import ModelError
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Branch, TokenTree
 
 TREES = [

@@ -7,7 +7,7 @@ from unpacked import everything_in_fp64, unpacked_hidden
 
 from fastsd.config.sections import LoraConfig
 from fastsd.errors import FastsdError
-from fastsd.packing import PrefixKeys, count_tokens
+from fastsd.model.packing import PrefixKeys, count_tokens
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import fused_linear_loss
 

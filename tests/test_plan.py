@@ -12,13 +12,13 @@ from tiny_models import build_tiny_llama, build_tiny_qwen3
 
 from fastsd import plan
 from fastsd.config.sections import ModelConfig
+from fastsd.model.refusals import ModelError
 from fastsd.plan_counts import Use, Work, count_step
 from fastsd.plan_fleet import serve
 from fastsd.plan_hardware import ASSUMED, TABLE, Fleet, PlanError, parse_hardware, table
 from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_rows import Lengths, Step
 from fastsd.plan_trace import Product
-from fastsd.refusals import ModelError
 
 AT = Lengths(question=24, feedback=18, response=9, samples=4, longest_response=9)
 STEP = Step(AT, 2, "group", True, 16384, True, 256)

@@ -13,16 +13,16 @@ from transformers import LlamaConfig
 from bench.train_step_count import count as bench_count
 from bench.train_step_problem import Lengths as BenchLengths
 from fastsd.config.sections import LoraConfig, ModelConfig, TeacherConfig
-from fastsd.deferred import Passes
-from fastsd.layout import micro_batches
 from fastsd.model import load_policy
+from fastsd.model.micro_batches import micro_batches
 from fastsd.plan_counts import count_step
 from fastsd.plan_memory import largest_micro_batch, memory
 from fastsd.plan_model import ModelCounts, count_model
 from fastsd.plan_ranks import Site
 from fastsd.plan_rows import Lengths, Step, group_rows, packs
 from fastsd.runtime.phases import PhaseClock
-from fastsd.teacher import Teacher
+from fastsd.teachers.passes import Passes
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Branch, Prompt, Rollout, Sample, TokenTree
 
 AT = Lengths(question=24, feedback=18, response=9, samples=4, longest_response=9)

@@ -9,8 +9,8 @@ import torch
 from tiny_models import build_tiny, load_tiny
 
 from fastsd.errors import FastsdError
-from fastsd.packed_layers import packed_layers
-from fastsd.packing import PrefixKeys
+from fastsd.model.packed_layers import packed_layers
+from fastsd.model.packing import PrefixKeys
 from fastsd.prefill import BLOCK, PromptTree, prompt_trees
 from fastsd.types import Branch, TokenTree
 

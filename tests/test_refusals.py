@@ -13,9 +13,9 @@ from transformers import (
 
 from fastsd.config.sections import ModelConfig, TeacherConfig
 from fastsd.model import load_policy
-from fastsd.packing import PrefixKeys
-from fastsd.refusals import ModelError, check_length, refuse_unsupported
-from fastsd.teacher import Teacher
+from fastsd.model.packing import PrefixKeys
+from fastsd.model.refusals import ModelError, check_length, refuse_unsupported
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Branch, TokenTree
 
 

@@ -16,7 +16,7 @@ from fastsd.decode_steps import AllSlots
 from fastsd.decoding import Decoding
 from fastsd.errors import FastsdError
 from fastsd.model import load_policy
-from fastsd.packed_layers import packed_layers, packed_layers_name
+from fastsd.model.packed_layers import packed_layers, packed_layers_name
 from fastsd.prompts.render import PromptRenderer
 from fastsd.rollout import Sampler, row_counters, uniform
 from fastsd.types import Branch, Prompt, TokenTree
@@ -121,7 +121,7 @@ def test_steps_of_all_slots_draw_the_same(policy, monkeypatch, impl, rows):
     monkeypatch.setattr(
         fastsd.rollout, "Decoding", lambda *args, fixed: Decoding(*args, fixed=True)
     )
-    monkeypatch.setattr(fastsd.model, "PrefixDecodeCache", partial(PrefixDecodeCache, impl=impl))
+    monkeypatch.setattr(fastsd.model.policy, "PrefixDecodeCache", partial(PrefixDecodeCache, impl=impl))
     found, _ = drawn(sampler(policy, batch_rows=rows), draws)
     for mine, theirs in zip(found, together, strict=True):
         assert mine.response_ids == theirs.response_ids

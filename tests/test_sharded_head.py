@@ -11,7 +11,7 @@ from sharded_run_worker import run_cases
 from test_sharded_run import newest, settings
 
 from fastsd.errors import FastsdError
-from fastsd.sharded_head import LONGEST_ROWS, Head, head_layout
+from fastsd.parallel.loss_head import LONGEST_ROWS, Head, head_layout
 
 HEAD = Head(
     vocabulary=50_000, compute_bytes=2, tied=False, trains=True, streams=2, heads=1, device="cuda"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from runs import LORA, SMALL, run_small, small_config
 
-from fastsd.layout import MicroBatch, micro_batches
 from fastsd.loss import TokenWeights
+from fastsd.model.micro_batches import MicroBatch, micro_batches
 from fastsd.runtime.phases import PHASES
 from fastsd.session import Session
 from fastsd.train import update

@@ -9,7 +9,7 @@ import torch
 from fake_vllm import FIXTURES, LETTERS, PROMPTS, open_tiny
 from safetensors.torch import load_file
 
-import fastsd.sharded_head
+import fastsd.parallel.loss_head
 from fastsd.config import Config
 from fastsd.config.sections import LoraConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
@@ -245,14 +245,14 @@ def test_stale_responses_are_weighed_by_what_they_were_sampled_with(
             logprobs["token_logprobs"] = [v + shift for v in logprobs["token_logprobs"]]
         return reply
 
-    seen, head = [], fastsd.sharded_head.fused_linear_loss
+    seen, head = [], fastsd.parallel.loss_head.fused_linear_loss
 
     def spy(*args, **options):
         out = head(*args, **options)
         seen.append((options["old_logprob_T"].cpu(), out.student_logprob_T.detach().cpu()))
         return out
 
-    monkeypatch.setattr(fastsd.sharded_head, "fused_linear_loss", spy)
+    monkeypatch.setattr(fastsd.parallel.placement, "fused_linear_loss", spy)
     server.change = change
     config = run_config(folder, server, tmp_path)
     rollout = config.rollout.model_copy(update={"max_staleness": 1})

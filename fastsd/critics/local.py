@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 
 from fastsd.config.sections import CriticConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import Policy, load_policy
+from fastsd.model.refusals import ModelError, longest_sequence
 from fastsd.prompts.render import PromptRenderer
-from fastsd.refusals import ModelError, longest_sequence
 from fastsd.rollout import Sampler
 from fastsd.serving.cache import Reply
 from fastsd.types import Conversation, Prompt, Rollout

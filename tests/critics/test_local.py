@@ -14,7 +14,7 @@ from fastsd.config.sections import CriticConfig
 from fastsd.critics import open_critic
 from fastsd.critics.local import LocalWriter
 from fastsd.critics.text import TextCritic
-from fastsd.refusals import ModelError
+from fastsd.model.refusals import ModelError
 from fastsd.serving.cache import Reply
 from fastsd.types import Prompt, Rollout
 

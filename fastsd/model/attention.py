@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fastsd.packing import Pack, PrefixKeys
-from fastsd.refusals import refuse_layer
+from fastsd.model.packing import Pack, PrefixKeys
+from fastsd.model.refusals import refuse_layer
 from fastsd_kernels import PrefixDecodeCache, shared_prefix_attention
 
 NAME = "fastsd"
@@ -37,6 +37,13 @@ def fastsd_attention(
     token_tree=None,
     **kw,
 ):
+    """transformers' attention interface: (output [1, T, N, H], None).
+
+    query [1, N, T, H], key and value [1, K, T, H] with K dividing N (grouped queries), rotated.
+    In a forward of fastsd's either token_tree, over T packed tokens, or decode_step, over T rows
+    that each get one token, says who sees whom; else it is transformers' own causal attention.
+    Raises ModelError for what the layer asks beyond that (dropout, windows, softcaps, sinks).
+    """
     phase = decode_step if decode_step is not None else token_tree
     if phase is not None:
         refuse_layer(phase.span, dropout, kw)

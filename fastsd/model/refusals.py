@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastsd.errors import FastsdError
+from fastsd.model import facts
 
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -21,10 +22,9 @@ class ModelError(FastsdError):
 def refuse_unsupported(config) -> None:
     """Raises ModelError for attention that fastsd does not compute exactly."""
     name = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
+    if facts.is_encoder_decoder(config):
         raise ModelError(f"{name}: encoder-decoder models are not supported; use a causal LM")
-    kinds = [*(getattr(config, "layer_types", None) or ())]
-    kinds += getattr(config, "layers_block_type", None) or ()
+    kinds = facts.layer_kinds(config)
     other = sorted(set(kinds) - _SUPPORTED_LAYERS)
     if other:
         what = "hybrid models with " if _SUPPORTED_LAYERS & set(kinds) else ""
@@ -32,17 +32,18 @@ def refuse_unsupported(config) -> None:
             f"{name}: {what}{', '.join(other)} layers are not supported; use a model whose layers "
             "are all full attention"
         )
-    if getattr(config, "attn_logit_softcapping", None):
+    if facts.attention_softcap(config) is not None:
         raise ModelError(f"{name}: attention softcapping is not supported; use a model without it")
     _refuse_latent_attention(config)
-    if getattr(config, "use_bidirectional_attention", None):
+    if facts.is_bidirectional(config):
         raise ModelError(f"{name}: bidirectional attention is not supported; use a causal LM")
 
 
 def _refuse_latent_attention(config) -> None:
     """Its keys and values have other head dims than the configuration's one."""
-    nope, value = (getattr(config, f"{part}_head_dim", None) for part in ("qk_nope", "v"))
-    if nope and value:
+    dims = facts.latent_dims(config)
+    if dims is not None:
+        nope, value = dims
         raise ModelError(
             f"{config.model_type}: multi-head latent attention (qk_nope_head_dim = {nope}, "
             f"v_head_dim = {value}) is not supported; use a model with multi-head or grouped-query "
@@ -76,15 +77,14 @@ def refuse_adapted_head(model) -> None:
 
 def length_limits(config) -> Iterator[tuple[str, int, str]]:
     """(setting, tokens, why) for everything that bounds a sequence of this model."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = facts.max_positions(config)
     if positions is not None:
         yield "max_position_embeddings", positions, "the model has no more positions"
-    window = _sliding_window(config)
+    window = facts.sliding_window(config)
     if window is not None:
         yield "sliding_window", window, "sliding-window attention is not supported"
-    rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") == "longrope" and short is not None:
+    short = facts.short_rope(config)
+    if short is not None:
         why = "longrope's frequencies depend on the longest row of a batch beyond it"
         yield "original_max_position_embeddings", short, why
 
@@ -125,11 +125,3 @@ def refuse_layer(span: int, dropout: float, asked: dict[str, Any]) -> None:
         raise ModelError("attention softcapping is not supported; use a model without it")
     if asked.get("s_aux") is not None:
         raise ModelError("attention sinks are not supported; use a model without them")
-
-
-def _sliding_window(config) -> int | None:
-    """The window of the model's sliding layers; None where there are none."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)

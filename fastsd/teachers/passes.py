@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import FastsdError
-from fastsd.layout import MicroBatch, student_trees, teacher_trees
 from fastsd.model import Policy
-from fastsd.packing import PrefixKeys, count_tokens
+from fastsd.model.micro_batches import MicroBatch, student_trees, teacher_trees
+from fastsd.model.packing import PrefixKeys, count_tokens
 from fastsd.runtime.phases import PhaseClock
-from fastsd.teacher import Teacher
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Sample, TokenTree
 
 

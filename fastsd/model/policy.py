@@ -16,19 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from fastsd import attention
-from fastsd.config.sections import LoraConfig, ModelConfig
-from fastsd.cpu_linear import takes_onednn, use_onednn
-from fastsd.packing import Pack, PrefixKeys, longest_path, pack_trees
-from fastsd.refusals import (
+from fastsd.model import attention, facts
+from fastsd.model.cpu_linear import takes_onednn
+from fastsd.model.packing import Pack, PrefixKeys, longest_path, pack_trees
+from fastsd.model.refusals import (
     ModelError,
     check_length,
-    refuse_adapted_head,
-    refuse_sinks,
-    refuse_unsupported,
 )
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import PrefixDecodeCache
@@ -70,7 +64,7 @@ class Policy:
     @property
     def attention_name(self) -> str:
         """The implementation of shared-prefix attention that runs for this model."""
-        return implementation_name("auto", self.device, self.dtype, self._head_dim)
+        return implementation_name("auto", self.device, self.dtype, facts.head_dim(self.config))
 
     @property
     def linear_name(self) -> str:
@@ -78,19 +72,12 @@ class Policy:
         onednn = self.dtype == torch.float32 and takes_onednn(self.head.weight)
         return "onednn" if onednn else "torch"
 
-    @property
-    def _head_dim(self) -> int:
-        head_dim = getattr(self.config, "head_dim", None)
-        return head_dim or self.config.hidden_size // self.config.num_attention_heads
-
     def head_options(self) -> dict:
         """How this model turns head products into logits: keyword arguments of the loss head."""
-        scale = getattr(self.config, "logit_scale", None) or 1.0
-        scale /= getattr(self.config, "logits_scaling", None) or 1.0
         return {
             "bias_V": getattr(self.head, "bias", None),
-            "logit_scale": scale,
-            "softcap": getattr(self.config, "final_logit_softcapping", None),
+            "logit_scale": facts.logit_scale(self.config),
+            "softcap": facts.logit_softcap(self.config),
         }
 
     def check_length(self, tokens: int) -> None:
@@ -99,11 +86,10 @@ class Policy:
 
     def decode_cache(self, slots: int, max_new_tokens: int) -> PrefixDecodeCache:
         """Keys and values for `slots` responses at once, to be decoded with `decode`."""
-        config = self.config
         return PrefixDecodeCache(
-            config.num_hidden_layers,
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            self._head_dim,
+            self.config.num_hidden_layers,
+            facts.kv_heads(self.config),
+            facts.head_dim(self.config),
             slots,
             max_new_tokens,
             self.dtype,
@@ -217,101 +203,5 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_policy(config: ModelConfig, device: str, dtype: torch.dtype) -> Policy:
-    """Loads model and tokenizer, checks them, adds LoRA, freezes, switches dropout off.
-
-    Raises ModelError naming the folder, layer type or pattern at fault.
-    """
-    transformers_logging.disable_progress_bar()
-    path = model_path(config.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention.NAME
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
-    refuse_unsupported(model.config)
-    refuse_sinks(model)
-    model = model.to(device)
-    _switch_dropout_off(model)
-    model = prepare_training(model, config)
-    use_onednn(model)
-    policy = Policy(model.eval(), tokenizer, checkpoints=config.gradient_checkpointing)
-    policy.try_out()
-    return policy
-
-
-def prepare_training(model: Any, config: ModelConfig) -> Any:
-    """A Hugging Face causal LM as it is trained: adapters added, parts frozen, checkpoints on.
-
-    Raises ModelError for patterns that match nothing, or leave nothing to train.
-    """
-    if config.lora is not None:
-        model = _add_lora(model, config.lora)
-    _freeze(model, config.freeze)
-    if config.gradient_checkpointing:
-        # transformers renamed it in 5.2x and warns about the old name.
-        new_name = hasattr(model, "activation_checkpointing_enable")
-        enable = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
-        getattr(model, enable)({"use_reentrant": False})
-    return model
-
-
-def model_path(name: str) -> str:
-    """The folder or hub name to load: "chain_sum" is the base that ships with the package."""
-    if name == "chain_sum":
-        from fastsd.tasks.chain_sum import base_path
-
-        return str(base_path())
-    return name
-
-
 def trainable_parameters(model) -> Iterable[tuple[str, torch.nn.Parameter]]:
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
-def _switch_dropout_off(model) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):  # for functional dropout
-                setattr(module, name, 0.0)
-
-
-def _add_lora(model, config: LoraConfig):
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft import get_peft_model
-    except ImportError as error:
-        raise ModelError("model.lora needs peft: pip install 'fastsd[lora]'") from error
-    peft_config = PeftConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=list(config.target_modules),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"model.lora.target_modules: {error}") from error
-    refuse_adapted_head(adapted)
-    return adapted
-
-
-def _freeze(model, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(pattern in name for name in names):
-            raise ModelError(
-                f"model.freeze: no parameter's name contains {pattern!r}; names look like "
-                f"{names[0]!r}"
-            )
-    for name, parameter in model.named_parameters():
-        if any(pattern in name for pattern in patterns):
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError("model.freeze leaves nothing to train")

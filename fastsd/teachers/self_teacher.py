@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fastsd.checkpoint.tensors import copy_into
 from fastsd.config.sections import TeacherConfig
-from fastsd.model import Policy, trainable_parameters
-from fastsd.packing import PrefixKeys
+from fastsd.model import Policy
+from fastsd.model.packing import PrefixKeys
+from fastsd.model.policy import trainable_parameters
 from fastsd.types import TokenTree
 
 

@@ -11,7 +11,7 @@ already. Compute is in the model's own type, as in one process.
 While rollouts are made, every rank holds all weights: ranks then decode each at its own pace. So
 a rank's memory must hold the model once in its compute type, beside its part of the masters.
 
-`Replica` is the same for one process, where nothing is spread.
+`OneProcess` is the same for one process, where nothing is spread.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from torch import Tensor
 from fastsd.config import Config
 from fastsd.errors import FastsdError
 from fastsd.model import Policy
+from fastsd.parallel.loss_head import Head, Layout, head_layout, sharded_head_loss
 from fastsd.runtime.shards import whole
 from fastsd.runtime.signals import SignalGate
 from fastsd.runtime.world import World
-from fastsd.sharded_head import Head, Layout, head_layout, sharded_head_loss, whole_head_loss
-from fastsd.teacher import Teacher
+from fastsd.teachers.self_teacher import Teacher
 from fastsd.types import Prompt
+from fastsd_kernels import fused_linear_loss
 from fastsd_kernels.loss_head import LossHeadOutput
 
 T = TypeVar("T")
 
 
-class Replica:
+class OneProcess:
     """The weights of a run that is one process."""
 
     shards_head = False
@@ -57,13 +58,15 @@ class Replica:
         self, student_TD: Tensor, target_T: Tensor, options: Mapping[str, Any]
     ) -> LossHeadOutput:
         """`fused_linear_loss` of this rank's rows with the policy's head; options: its others."""
-        return whole_head_loss(student_TD, target_T, self.policy, self._loss_impl, options)
+        given = {**self.policy.head_options(), **options}
+        head_VD, impl = self.policy.head_VD, self._loss_impl
+        return fused_linear_loss(student_TD, head_VD, target_T, impl=impl, **given)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy runs without a word to other ranks."""
         return contextlib.nullcontext()
 
-    def spread(
+    def share_out(
         self,
         prompts: Sequence[Prompt],
         each: int,
@@ -83,7 +86,7 @@ class Replica:
         return self.policy.save
 
 
-class Sharded(Replica):
+class Fsdp(OneProcess):
     """The weights of policy and teacher over the ranks of `world`; collective, and so are its
     methods. Raises ModelError where the sharded model cannot run."""
 
@@ -129,13 +132,14 @@ class Sharded(Replica):
             for unit in _units(self.policy):
                 unit.reshard()
 
-    def spread(
+    def share_out(
         self,
         prompts: Sequence[Prompt],
         each: int,
         work: Callable[[list[Prompt]], list[T]],
         gate: SignalGate,
     ) -> list[T]:
+        """Question n of the distinct ones to rank n mod the number of ranks."""
         distinct = dict.fromkeys(prompt.id for prompt in prompts)
         rank_of = {name: n % self.world.size for n, name in enumerate(distinct)}
         shares: list[list[int]] = [[] for _ in range(self.world.size)]
@@ -186,15 +190,17 @@ def refuse_ranks(config: Config, world: World) -> None:
         )
 
 
-def place_weights(config: Config, policy: Policy, teacher: Teacher | None, world: World) -> Replica:
+def place_weights(
+    config: Config, policy: Policy, teacher: Teacher | None, world: World
+) -> OneProcess:
     """Spreads the weights over the ranks, where there are more than one. Before the optimizer.
 
-    Raises FastsdError where nothing but the head trains, ModelError as Sharded does.
+    Raises FastsdError where nothing but the head trains, ModelError as Fsdp does.
     """
     if world.size == 1:
-        return Replica(policy, config.loss.impl)
+        return OneProcess(policy, config.loss.impl)
     _refuse_head_alone(policy)
-    return Sharded(config, policy, teacher, world)
+    return Fsdp(config, policy, teacher, world)
 
 
 def _shard(policy: Policy, world: World, reduced: torch.dtype, layout: Layout) -> None:

@@ -17,11 +17,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastsd.model.policy import Policy
 from fastsd_kernels import native_library
 from fastsd_kernels.packed_linear import PackedLinear
 
 
-def packed_layers_name(policy) -> str:
+def packed_layers_name(policy: Policy) -> str:
     """ "native" where rollouts run through the C++ library, else "torch"."""
     head_VD = policy.head_VD
     packs = head_VD.device.type == "cpu" and head_VD.dtype in native_library.DTYPES
@@ -29,7 +30,7 @@ def packed_layers_name(policy) -> str:
 
 
 @contextmanager
-def packed_layers(policy) -> Iterator[Callable[[Tensor], Tensor]]:
+def packed_layers(policy: Policy) -> Iterator[Callable[[Tensor], Tensor]]:
     """Gives hidden_BD -> logits_BV in fp32, without bias; until it ends the decoder's layers run
     packed. On a GPU, or where the C++ library is missing, they stay as they are.
     """

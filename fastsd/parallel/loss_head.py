@@ -26,7 +26,7 @@ from fastsd.errors import FastsdError
 from fastsd.model import Policy
 from fastsd.runtime.shards import local
 from fastsd.runtime.world import World
-from fastsd_kernels import fused_linear_loss, vocabulary_sharded_linear_loss
+from fastsd_kernels import vocabulary_sharded_linear_loss
 from fastsd_kernels.loss_head import LossHeadOutput
 
 Layout = Literal["gathered", "sharded"]
@@ -95,18 +95,10 @@ def _bytes_moved(config: Config, head: Head, rows: int, ranks: int) -> tuple[int
     return head.vocabulary * gathered, rows * (head.compute_bytes * head.streams + 2 * 4)
 
 
-def whole_head_loss(
-    student_TD: Tensor, target_T: Tensor, policy: Policy, impl: str, options: Mapping[str, Any]
-) -> LossHeadOutput:
-    """`fused_linear_loss` on this process's rows and the whole head."""
-    given = {**policy.head_options(), **options}
-    return fused_linear_loss(student_TD, policy.head_VD, target_T, impl=impl, **given)
-
-
 def sharded_head_loss(
     student_TD: Tensor, target_T: Tensor, policy: Policy, world: World, options: Mapping[str, Any]
 ) -> LossHeadOutput:
-    """`whole_head_loss` where every rank has a part of the vocabulary: a collective call.
+    """`fused_linear_loss` where every rank has a part of the vocabulary: a collective call.
 
     The losses that the ranks return add up to the loss over all their rows; the gradients of the
     head's part and of student_TD are whole.
