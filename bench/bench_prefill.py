@@ -3,9 +3,9 @@
     python -m bench.bench_prefill [--prompts 32] [--instruction 600] [--own 218] [--json PATH]
 
 The prompts of a batch of critiques: one instruction, then each attempt. `together` packs them as
-the sampler does (`fastsd.prefill`: blocks of 64 tokens, equal ones once); `apart` does the same for
-prompts of these lengths that have nothing in common; `alone` takes one prompt after the other. The
-model has SmolLM2-135M's shape and random weights, its layers packed for rollouts. First the hidden
+the sampler does (`fastsd.rollout.prefill`: blocks of 64 tokens, equal ones once); `apart` does the
+same for prompts of these lengths that have nothing in common; `alone` takes one prompt after the
+other. The model has SmolLM2-135M's shape and random weights, its layers packed for rollouts. First the hidden
 states of a few prompts, together and alone, must be equal; then the ways take turns in each round.
 """
 
@@ -29,7 +29,7 @@ from fastsd.config.sections import ModelConfig
 from fastsd.model import Policy, load_policy
 from fastsd.model.packed_layers import packed_layers
 from fastsd.model.packing import Pack, PrefixKeys
-from fastsd.prefill import prompt_trees
+from fastsd.rollout.prefill import prompt_trees
 from fastsd_kernels.testing import relative_error
 
 SCRIPT = "bench/bench_prefill.py"

@@ -17,13 +17,12 @@ from fastsd.conditions import conditions_of
 from fastsd.config import dump_toml, for_condition
 from fastsd.config.load import Invocation
 from fastsd.critics.rule import RuleCritic
-from fastsd.prompts.samples import common_prefix
 from fastsd.recorder import implementations
 from fastsd.runtime.phases import peak_memory_mib
 from fastsd.runtime.shards import local
 from fastsd.session import Session
 from fastsd.train import update
-from fastsd.types import Feedback, Prompt, Rollout, Sample
+from fastsd.types import Feedback, Prompt, Rollout, Sample, common_prefix
 
 PROMPTS_LOOKED_AT = 64
 _MIB = 2**20

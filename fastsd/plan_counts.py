@@ -18,7 +18,7 @@ from fastsd.plan_model import ModelCounts
 from fastsd.plan_rows import Rows, Step, group_rows, packs, pairs
 from fastsd.plan_trace import Pass, Product
 
-# Of the in-process sampler (fastsd/decoding.py).
+# Of the in-process sampler (fastsd/rollout/decoding.py).
 _PREFILL_TOKENS = 16384
 # A parameter's bytes in an AdamW step, fp32: the norm and the clipping (12), then gradient, master
 # and both moments read and the last three written (28); a bf16 model's casts and copies (10).

@@ -36,6 +36,7 @@ from fastsd.preflight import check_prompts, renderer_for
 from fastsd.prompts.samples import make_samples
 from fastsd.prompts.sources import load_data, required_fields
 from fastsd.rewards.functions import group_advantages, load_reward, score_rollouts
+from fastsd.rollout.vllm import open_sampler
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.runtime import hardware
 from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
@@ -49,7 +50,6 @@ from fastsd.teachers.self_teacher import Teacher
 from fastsd.training.feedback import dropped_rollouts, feedback_maker
 from fastsd.training.state import sample_from_json, sample_to_json
 from fastsd.types import Critic, Feedback, Prompt, Rollout, Sample, Task
-from fastsd.vllm_rollout import open_sampler
 from fastsd_kernels.loss_head import implementation_choice
 
 

@@ -121,6 +121,16 @@ class TokenTree:
     branches: tuple[Branch, ...]
 
 
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest common prefix of the sequences."""
+    shortest, longest = min(sequences), max(sequences)
+    length = next(
+        (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),
+        min(len(shortest), len(longest)),
+    )
+    return shortest[:length]
+
+
 # Metric name -> number, flat ("time/rollout_s", "reward/mean"): one JSON line per optimizer step.
 StepMetrics = dict[str, float]
 

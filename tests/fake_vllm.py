@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
+from fastsd.rollout.vllm import VllmSampler
 from fastsd.types import Prompt
-from fastsd.vllm_rollout import VllmSampler
 
 _QUESTIONS = ["What is 3 + 4?", "Tom has 12 apples.", "x", "Now solve it. <|im_end|>"]
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": q},)) for i, q in enumerate(_QUESTIONS)]

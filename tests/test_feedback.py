@@ -71,8 +71,8 @@ def test_the_critique_carries_all_that_the_critic_says():
 
     maker = feedback_maker(Config(condition="critique"), Scripted())
     assert maker(group("a", [0.0, 1.0])) == [
-        Feedback(None, None, "timeout"),
-        Feedback("text", 2, None, 0.5),
+        Critique(None, None, "timeout"),
+        Critique("text", 2, None, 0.5),
     ]
     assert [name for name, one in CONDITIONS.items() if one.critic] == ["critique"]
 

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 
 from fastsd.model.micro_batches import MicroBatch, micro_batches, student_trees, teacher_trees
 from fastsd.model.packing import PrefixKeys, count_tokens
-from fastsd.prompts.samples import common_prefix
-from fastsd.types import Prompt, Rollout, Sample
+from fastsd.types import Prompt, Rollout, Sample, common_prefix
 
 
 def sample(prompt_id, student, teacher, response):

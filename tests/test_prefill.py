@@ -11,7 +11,7 @@ from tiny_models import build_tiny, load_tiny
 from fastsd.errors import FastsdError
 from fastsd.model.packed_layers import packed_layers
 from fastsd.model.packing import PrefixKeys
-from fastsd.prefill import BLOCK, PromptTree, prompt_trees
+from fastsd.rollout.prefill import BLOCK, PromptTree, prompt_trees
 from fastsd.types import Branch, TokenTree
 
 

@@ -9,16 +9,17 @@ import torch
 from given_draws import Draws
 from tiny_models import ARCHITECTURES, build_tiny
 
-import fastsd.model
-import fastsd.rollout
+import fastsd.model.policy
+import fastsd.rollout.sampler
 from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
-from fastsd.decode_steps import AllSlots
-from fastsd.decoding import Decoding
 from fastsd.errors import FastsdError
 from fastsd.model import load_policy
 from fastsd.model.packed_layers import packed_layers, packed_layers_name
 from fastsd.prompts.render import PromptRenderer
-from fastsd.rollout import Sampler, row_counters, uniform
+from fastsd.rollout import Sampler
+from fastsd.rollout.decode_steps import AllSlots
+from fastsd.rollout.decoding import Decoding
+from fastsd.rollout.sampler import row_counters, uniform
 from fastsd.types import Branch, Prompt, TokenTree
 from fastsd_kernels import PackedLinear, PrefixDecodeCache, native_library
 
@@ -79,7 +80,7 @@ def test_same_rollouts_whatever_the_batching(policy, rows):
 
 def test_prefills_hold_few_enough_tokens(policy, monkeypatch):
     together = sampler(policy).sample(PROMPTS, 2, key=(1, 2))
-    monkeypatch.setattr("fastsd.decoding._PREFILL_TOKENS", 50)
+    monkeypatch.setattr("fastsd.rollout.decoding._PREFILL_TOKENS", 50)
     packs = watch_packs(policy, monkeypatch)
     same(policy, sampler(policy).sample(PROMPTS, 2, key=(1, 2)), together)
     assert len(packs) > 1 and all(len(p.ids_T) <= 50 or len(p.row_A) == 1 for p in packs)
@@ -119,9 +120,11 @@ def test_steps_of_all_slots_draw_the_same(policy, monkeypatch, impl, rows):
     """As on a GPU, where a step is one graph: slots that nobody needs are fed all the same."""
     together, draws = drawn(sampler(policy))
     monkeypatch.setattr(
-        fastsd.rollout, "Decoding", lambda *args, fixed: Decoding(*args, fixed=True)
+        fastsd.rollout.sampler, "Decoding", lambda *args, fixed: Decoding(*args, fixed=True)
     )
-    monkeypatch.setattr(fastsd.model.policy, "PrefixDecodeCache", partial(PrefixDecodeCache, impl=impl))
+    monkeypatch.setattr(
+        fastsd.model.policy, "PrefixDecodeCache", partial(PrefixDecodeCache, impl=impl)
+    )
     found, _ = drawn(sampler(policy, batch_rows=rows), draws)
     for mine, theirs in zip(found, together, strict=True):
         assert mine.response_ids == theirs.response_ids

@@ -16,12 +16,12 @@ from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
 from fastsd.recorder import Recorder
 from fastsd.rollout import Sampler
+from fastsd.rollout.vllm import open_sampler
 from fastsd.run_folder import read_metrics
 from fastsd.serving.server import RolloutError, RolloutUnavailable
 from fastsd.serving.weights import names_of_head, write_weights
 from fastsd.train import train
 from fastsd.types import Branch, TokenTree
-from fastsd.vllm_rollout import open_sampler
 from fastsd_kernels import fused_linear_statistics
 
 folder, policy, serve = FIXTURES

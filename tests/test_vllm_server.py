@@ -14,14 +14,14 @@ import torch
 from fake_vllm import FIXTURES, PROMPTS, open_tiny
 from tiny_models import build_tiny, build_tiny_qwen3, load_tiny
 
+import fastsd.rollout.vllm
 import fastsd.serving.server
-import fastsd.vllm_rollout
 from fastsd.config.sections import PromptConfig, RolloutConfig
 from fastsd.errors import Interrupted
 from fastsd.prompts.render import PromptRenderer
+from fastsd.rollout.vllm import VllmSampler
 from fastsd.runtime.signals import SignalGate
 from fastsd.serving.server import RolloutError, RolloutUnavailable
-from fastsd.vllm_rollout import VllmSampler
 
 folder, policy, serve = FIXTURES
 

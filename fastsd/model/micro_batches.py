@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from fastsd.prompts.samples import common_prefix
-from fastsd.types import Branch, Sample, TokenTree
+from fastsd.types import Branch, Sample, TokenTree, common_prefix
 
 
 def student_trees(samples: Sequence[Sample]) -> list[TokenTree]:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import FastsdError
-from fastsd.prompts.samples import common_prefix
-from fastsd.types import Branch, TokenTree
+from fastsd.types import Branch, TokenTree, common_prefix
 from fastsd_kernels import PrefixTree
 
 

@@ -20,8 +20,7 @@ from typing import Any
 
 from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
-from fastsd.prompts.samples import common_prefix
-from fastsd.types import Prompt
+from fastsd.types import Prompt, common_prefix
 
 _MARKER = "\ue000fastsd{}\ue001"
 _MARKER_PATTERN = re.compile("\ue000fastsd(\\d+)\ue001")

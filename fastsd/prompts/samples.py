@@ -47,13 +47,3 @@ def make_samples(
             renderer.check_shared(rollout.prompt, tokens, student_ids, teacher_ids)
         samples.append(Sample(rollout, student_ids, teacher_ids, advantage, given, cut, gone))
     return samples
-
-
-def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest common prefix of the sequences."""
-    shortest, longest = min(sequences), max(sequences)
-    length = next(
-        (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),
-        min(len(shortest), len(longest)),
-    )
-    return shortest[:length]

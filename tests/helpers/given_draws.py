@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastsd import rollout
+from fastsd.rollout import sampler
 from fastsd_kernels import sample_from_logits
 
 # Sums of probabilities in runs that may differ by 1e-4 (test_sharded_run.py), ten times over.
@@ -37,18 +37,18 @@ class Draws:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        update = rollout.Sampler.update_weights
+        update = sampler.Sampler.update_weights
 
         def noted(sampler, version, *args, **kwargs):
             self.version = version
             return update(sampler, version, *args, **kwargs)
 
-        rollout.Sampler.update_weights, rollout.sample_from_logits = noted, self.draw
+        sampler.Sampler.update_weights, sampler.sample_from_logits = noted, self.draw
         try:
             yield
         finally:
-            rollout.Sampler.update_weights = update
-            rollout.sample_from_logits = sample_from_logits
+            sampler.Sampler.update_weights = update
+            sampler.sample_from_logits = sample_from_logits
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, **options) -> tuple[Tensor, Tensor]:
         """In the place of sample_from_logits."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fastsd.vllm_rollout import PROBE_TOLERANCE
+from fastsd.rollout.vllm import PROBE_TOLERANCE
 
 pytestmark = [pytest.mark.vllm]
 

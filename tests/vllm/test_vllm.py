@@ -15,12 +15,12 @@ from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
 from fastsd.recorder import Recorder
+from fastsd.rollout.vllm import PROBE_TOLERANCE, VllmSampler
 from fastsd.run_folder import read_metrics
 from fastsd.serving.fleet import ask
 from fastsd.serving.server import RolloutError
 from fastsd.train import train
 from fastsd.types import Prompt
-from fastsd.vllm_rollout import PROBE_TOLERANCE, VllmSampler
 
 pytestmark = [pytest.mark.vllm]
 

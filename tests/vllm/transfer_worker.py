@@ -14,10 +14,10 @@ from gloo_engine import open_gloo
 from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
+from fastsd.rollout.vllm import VllmSampler
 from fastsd.serving.fleet import ask
 from fastsd.serving.nccl import WeightTransfer
 from fastsd.serving.weights import SharedFiles
-from fastsd.vllm_rollout import VllmSampler
 
 TIMEOUT_S = 240.0
 

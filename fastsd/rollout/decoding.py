@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.decode_steps import AllSlots, Feed, RowsUnderWay
+from fastsd.model import Policy
 from fastsd.model.packing import PrefixKeys
-from fastsd.prefill import PromptTree, prompt_trees
+from fastsd.rollout.decode_steps import AllSlots, Feed, RowsUnderWay
+from fastsd.rollout.prefill import PromptTree, prompt_trees
 
 # A prefill costs a pass over all weights: questions are admitted once this share of rows is free.
 _ADMIT_AT = 0.25
@@ -77,7 +78,7 @@ class Decoding:
 
     def __init__(
         self,
-        policy,
+        policy: Policy,
         prompt_ids: Sequence[tuple[int, ...]],
         samples: int,
         slots: int,

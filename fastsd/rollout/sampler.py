@@ -9,27 +9,30 @@ Shapes: B rows under way, D hidden, Q questions, S samples per question.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsd.config.sections import RolloutConfig
-from fastsd.decoding import Decoding, Rows
 from fastsd.errors import FastsdError
+from fastsd.model import Policy
 from fastsd.model.packed_layers import packed_layers, packed_layers_name
+from fastsd.parallel.placement import OneProcess
 from fastsd.prompts.render import PromptRenderer
+from fastsd.rollout.decoding import Decoding, Rows
 from fastsd.types import Prompt, Rollout, StepMetrics
 from fastsd_kernels import sample_from_logits
 
 
 class Sampler:
-    """Samples responses from a policy: what other engines (`fastsd.vllm_rollout`) do otherwise."""
+    """Samples responses from a policy: what other engines (`fastsd.rollout.vllm`) do otherwise."""
 
-    def __init__(self, policy, renderer: PromptRenderer, config: RolloutConfig):
+    def __init__(self, policy: Policy, renderer: PromptRenderer, config: RolloutConfig):
         self.policy = policy
         self.renderer = renderer
         self.config = config
@@ -58,19 +61,7 @@ class Sampler:
         counter_QS = row_counters(key, prompts, samples).reshape(len(prompts), samples)
         temperature = config.temperature if temperature is None else temperature
         with packed_layers(policy) as logits:
-
-            def draw(hidden_BD: Tensor, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-                uniform_B = uniform(counter_QS[rows.question_B, rows.sample_B], rows.count_B)
-                token_B, logprob_B = sample_from_logits(
-                    logits(hidden_BD),
-                    torch.from_numpy(uniform_B).to(policy.device),
-                    temperature=temperature,
-                    top_k=config.top_k,
-                    top_p=config.top_p,
-                    **policy.head_options(),
-                )
-                return token_B.cpu().numpy(), logprob_B.cpu().numpy()
-
+            draw = functools.partial(self._draw, logits, counter_QS, temperature)
             decoding = Decoding(
                 policy,
                 prompt_ids,
@@ -93,13 +84,35 @@ class Sampler:
         """The engine in one clause, for the run's header."""
         return f"{packed_layers_name(self.policy)}, in-process, shared prefixes"
 
-    def update_weights(self, version: int, staleness: int = 0, placement=None) -> None:
+    def update_weights(
+        self, version: int, staleness: int = 0, placement: OneProcess | None = None
+    ) -> None:
         """Samples come from the weights of this version from now on, or of at most `staleness`
-        before it: here they are always the present ones. weights: where they lie in many parts."""
+        before it: here they are always the present ones. placement: of the policy's weights."""
 
     def metrics(self) -> StepMetrics:
         """Numbers about the engine since the last update of the weights."""
         return {}
+
+    def _draw(
+        self,
+        logits: Callable[[Tensor], Tensor],
+        counter_QS: np.ndarray,
+        temperature: float,
+        hidden_BD: Tensor,
+        rows: Rows,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(token_B, logprob_B): the next token of every row."""
+        uniform_B = uniform(counter_QS[rows.question_B, rows.sample_B], rows.count_B)
+        token_B, logprob_B = sample_from_logits(
+            logits(hidden_BD),
+            torch.from_numpy(uniform_B).to(self.policy.device),
+            temperature=temperature,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
+            **self.policy.head_options(),
+        )
+        return token_B.cpu().numpy(), logprob_B.cpu().numpy()
 
     def _rollout(self, prompt: Prompt, sample: int, ids: list, logprobs: list) -> Rollout:
         stopped = ids[-1] in self.stop_ids
@@ -111,7 +124,7 @@ class Sampler:
         return Rollout(prompt, sample, tuple(ids), tuple(logprobs), text, truncated=not stopped)
 
 
-def stop_token_ids(policy, extra: Sequence[str]) -> frozenset[int]:
+def stop_token_ids(policy: Policy, extra: Sequence[str]) -> frozenset[int]:
     """Ids that end a response: the generation config's end-of-sequence ids and `extra` tokens."""
     configured = policy.model.generation_config.eos_token_id
     if configured is None:

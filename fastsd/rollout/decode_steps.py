@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsd.model import Policy
 from fastsd_kernels import PrefixDecodeCache
 
 
@@ -34,7 +35,7 @@ class Feed(NamedTuple):
 class RowsUnderWay:
     """Steps of as many rows as there are. A slot is free again when its row has ended."""
 
-    def __init__(self, policy, cache: PrefixDecodeCache, slots: int):
+    def __init__(self, policy: Policy, cache: PrefixDecodeCache, slots: int):
         self.policy, self.cache = policy, cache
         self.free = list(range(slots))
 
@@ -67,7 +68,7 @@ class AllSlots:
     its keys stay until they are taken.
     """
 
-    def __init__(self, policy, cache: PrefixDecodeCache, slots: int):
+    def __init__(self, policy: Policy, cache: PrefixDecodeCache, slots: int):
         self.policy, self.cache = policy, cache
         self.free = list(range(slots))
         self.state = Feed(np.arange(slots), np.full(slots, -1), *np.zeros((3, slots), np.int64))

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastsd.config.sections import RolloutConfig
+from fastsd.model import Policy
 from fastsd.model.refusals import longest_sequence
 from fastsd.parallel.placement import OneProcess
 from fastsd.prompts.render import PromptRenderer
-from fastsd.rollout import Sampler, row_counters
+from fastsd.rollout.sampler import Sampler, row_counters
 from fastsd.runtime.world import ALONE, World
 from fastsd.serving.draw import Draw
 from fastsd.serving.fleet import Fleet
@@ -63,7 +64,7 @@ class VllmSampler(Sampler):
 
     def __init__(
         self,
-        policy,
+        policy: Policy,
         renderer: PromptRenderer,
         config: RolloutConfig,
         folder: Path,
@@ -228,15 +229,6 @@ class VllmSampler(Sampler):
         )
         own_T = statistics.student_logprob_T.cpu().double()
         return float((own_T - torch.tensor(logprobs, dtype=own_T.dtype)).abs().mean())
-
-
-def open_sampler(
-    policy, renderer: PromptRenderer, config: RolloutConfig, run_dir: Path, world: World = ALONE
-) -> Sampler:
-    """The sampler that rollout.engine names. vllm: its weights are passed on in run_dir/served."""
-    if config.engine == "vllm":
-        return VllmSampler(policy, renderer, config, run_dir / "served", world)
-    return Sampler(policy, renderer, config)
 
 
 def _refuse_settings(config: RolloutConfig) -> None:
