@@ -5,8 +5,8 @@
 The prompts of a batch of critiques: one instruction, then each attempt. `together` packs them as
 the sampler does (`fastsd.rollout.prefill`: blocks of 64 tokens, equal ones once); `apart` does the
 same for prompts of these lengths that have nothing in common; `alone` takes one prompt after the
-other. The model has SmolLM2-135M's shape and random weights, its layers packed for rollouts. First the hidden
-states of a few prompts, together and alone, must be equal; then the ways take turns in each round.
+other. The model has SmolLM2-135M's shape and random weights, its layers packed for rollouts. First
+the hidden states of a few prompts, together and alone, must be equal; then the ways take turns.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from fastsd.preflight import check_prompts, renderer_for
 from fastsd.prompts.samples import make_samples
 from fastsd.prompts.sources import load_data, required_fields
 from fastsd.rewards.functions import group_advantages, load_reward, score_rollouts
-from fastsd.rollout.vllm import open_sampler
+from fastsd.rollout import open_sampler
 from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.runtime import hardware
 from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start

@@ -40,7 +40,9 @@ class ServedPolicy(Protocol):
     """What is read of a policy (fastsd/model/)."""
 
     model: nn.Module
-    head_VD: Tensor
+
+    @property
+    def head_VD(self) -> Tensor: ...
 
     @property
     def device(self) -> torch.device: ...

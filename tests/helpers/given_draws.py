@@ -39,9 +39,9 @@ class Draws:
     def installed(self) -> Iterator[None]:
         update = sampler.Sampler.update_weights
 
-        def noted(sampler, version, *args, **kwargs):
+        def noted(engine, version, *args, **kwargs):
             self.version = version
-            return update(sampler, version, *args, **kwargs)
+            return update(engine, version, *args, **kwargs)
 
         sampler.Sampler.update_weights, sampler.sample_from_logits = noted, self.draw
         try:
