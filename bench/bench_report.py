@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from bench import measure
+from fastsd.evaluation.views import FILE, write_views
 from fastsd.report import write_report
 from fastsd.run_folder import MetricsWriter
-from fastsd.token_view import FILE, write_views
 from tests.browser import chromium, missing
 from tests.token_views import random_views
 

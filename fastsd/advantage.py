@@ -1,231 +1,249 @@
-"""Who is to blame: GRPO's advantages by response, the self-teacher's by token.
+"""`python -m fastsd.advantage`: what a context does to each token, of any model, without training.
 
-GRPO gives every token of a response the same credit. A self-teacher gives each token its own,
-
-    A_t = log T(y_t) - log S(y_t)        (T: the model that sees the feedback; S: the solver)
-
-and the paper's second result is where that credit falls. With a step-aligned critique A_t stays
-near zero on the correct steps before the first mistake and is sharply negative at it; with somebody
-else's solution it also pushes on correct tokens that are merely phrased differently. `localisation`
-turns that picture into numbers. It keeps sums and counts, so that figures of several seeds or
-batches are pooled by addition instead of by a mean of means.
-
-Everything here is pure: text, offsets and numbers in, figures out. Axes: G responses of one prompt.
+The checkpoint answers the questions, each context is shown to it as its own teacher, and out come
+the localisation figures and a page that shows the tokens. Nothing of a training run is made: no
+optimizer, no second copy of the weights.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import FastsdError
-from fastsd.types import Rollout, Step
+from fastsd.types import Prompt
 
-"""Added to the standard deviation, as in TRL's GRPO."""
+if TYPE_CHECKING:
+    from fastsd.config import Config
+    from fastsd.evaluation.localisation import Localisation
+    from fastsd.evaluation.solver import Solver
+    from fastsd.evaluation.views import TokenView
 
-Span = tuple[int, int]
+USAGE = """usage: python -m fastsd.advantage CHECKPOINT DATA [--contexts reference,critique]
+           [CONFIG.toml ...] [--questions N] [--samples K] [--json | --out FILE.html]
+           [--section.key VALUE ...]
+
+Where does each context press on the solver's own tokens? CHECKPOINT is a folder with a Hugging Face
+model, a model's name, or chain_sum, the shipped base. DATA is a .jsonl or .parquet file of
+questions, or a task's name. The model answers N questions K times (default 16 x 4); as its own
+teacher it then reads each context, and A = log T - log S is taken on every token of the answers.
+
+  --contexts A,B   what the teacher sees: reference (needs solutions), critique (needs a critic, see
+                   --critic.kind and --critic.file), sibling (another right answer)
+  --out FILE.html  the page that shows the tokens (default advantages.html)
+  --json           no page; one JSON object with every number on stdout
+
+Settings are found as by fastsd.evaluate: the run's own config.resolved.toml, or CONFIG.toml. Often
+wanted: --rollout.max_new_tokens N, --report.rollouts N (of them on the page), --reward.function F;
+all are listed by python -m fastsd.train --help."""
+
+FILES = (".jsonl", ".parquet")
+PAGE = "advantages.html"
 
 
-class LocalisationError(FastsdError):
-    """Token offsets, steps and advantages that do not describe the same text."""
+class AdvantageError(FastsdError):
+    """A command line that asks for what cannot be measured."""
 
 
-def token_spans(tokenizer: Any, response_ids: Sequence[int], text: str) -> list[Span]:
-    """Characters [start, end) of `text` that each response token wrote.
+@dataclass
+class Request:
+    """A parsed command line; settings are words for the configuration."""
 
-    Decodes a sliding window of two pieces, which is right for character-level, byte-level and
-    SentencePiece tokenizers alike (a piece may lose its leading space when decoded alone). Tokens
-    that together make one character, such as the bytes of an emoji, all get that character's span;
-    special tokens and a last stop token, which `text` leaves out, get an empty span where they
-    stand.
+    checkpoint: str
+    data: str
+    contexts: list[str] = field(default_factory=lambda: ["reference", "critique"])
+    out: Path = Path(PAGE)
+    json: bool = False
+    settings: list[str] = field(default_factory=list)
 
-    Raises LocalisationError where the pieces do not add up to `text`.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    spans: list[Span] = [(0, 0)] * len(response_ids)
-    plain = [at for at, token_id in enumerate(response_ids) if token_id not in special]
 
-    def decode(positions: Sequence[int]) -> str:
-        ids = [response_ids[at] for at in positions]
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+def main(argv: Sequence[str] | None = None) -> int:
+    from fastsd.runtime.program import run_main
 
-    pieces, done, window, read = [], 0, 0, 0
-    for stop in range(1, len(plain) + 1):
-        before, now = decode(plain[window:read]), decode(plain[window:stop])
-        unfinished = now.endswith("\ufffd") or len(now) <= len(before)
-        if unfinished and stop < len(plain):
-            continue
-        pieces.append(now[len(before) :])
-        for at in plain[read:stop]:
-            spans[at] = (done, done + len(pieces[-1]))
-        done += len(pieces[-1])
-        window, read = read, stop
-    joined = "".join(pieces)
-    # a stop token that is not special decodes to text, which the sampler leaves out
-    stop_only = joined.startswith(text) and plain and spans[plain[-1]][0] == len(text)
-    if joined != text and not stop_only:
-        raise LocalisationError(
-            f"the response's tokens decode to {joined[:80]!r}..., its text is "
-            f"{text[:80]!r}...: pass the text as the tokenizer decodes it, without special tokens"
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0 if words else 2
+    return run_main(lambda: _run(parse(words)))
+
+
+def parse(words: Sequence[str]) -> Request:
+    """The command line; what is not ours goes to the configuration. Raises AdvantageError."""
+    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
+        raise AdvantageError(
+            "name a checkpoint and its data before the flags, e.g. python -m fastsd.advantage "
+            f"chain_sum chain_sum; found {' '.join(words[:2])}"
         )
-    spans = [(start, min(end, len(text))) for start, end in spans]
-    end = len(text)
-    for at in reversed(range(len(spans))):
-        if response_ids[at] in special:
-            spans[at] = (end, end)
-        end = spans[at][0]
-    return spans
+    request, rest = Request(words[0], words[1]), list(words[2:])
+    while rest:
+        flag, equals, attached = rest.pop(0).partition("=")
+        if flag == "--json":
+            request.json = True
+        elif flag in ("--contexts", "--out", "--questions", "--samples"):
+            if not equals and (not rest or rest[0].startswith("--")):
+                raise AdvantageError(f"{flag}: needs a value: {flag} VALUE")
+            _set(request, flag, attached if equals else rest.pop(0))
+        else:
+            request.settings.append(flag + equals + attached)
+    _check_contexts(request.contexts)
+    return request
 
 
-@dataclass(frozen=True)
-class Region:
-    """Sums over the tokens of one kind: how many, total |A|, total of negative A (as a positive
-    number), how many negative."""
-
-    tokens: int = 0
-    absolute: float = 0.0
-    negative: float = 0.0
-    negative_tokens: int = 0
-
-    def __add__(self, other: Region) -> Region:
-        return Region(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Region)))
-
-    @classmethod
-    def of(cls, advantages: Iterable[float]) -> Region:
-        values = list(advantages)
-        negative = [-a for a in values if a < 0]
-        return cls(len(values), math.fsum(map(abs, values)), math.fsum(negative), len(negative))
-
-    @property
-    def mean(self) -> float | None:
-        """Mean |A|; None where there is no token."""
-        return self.absolute / self.tokens if self.tokens else None
+def _set(request: Request, flag: str, value: str) -> None:
+    if flag == "--contexts":
+        names = [name.strip() for name in value.split(",")]
+        request.contexts = list(dict.fromkeys(name for name in names if name))
+    elif flag == "--out":
+        request.out = Path(value)
+    else:
+        request.settings += [flag.replace("--", "--report."), value]
 
 
-@dataclass(frozen=True)
-class Localisation:
-    """Where the advantage falls.
+def _check_contexts(names: Sequence[str]) -> None:
+    from fastsd.conditions import CONDITIONS
 
-    Regions `before`, `at`, `after` the first wrong step are summed over the responses that have
-    one, `correct` over fully correct responses. `peak` sums, over wrong responses, the largest |A|
-    within the first wrong step. `unplaced`: responses whose steps could not be read, or all of
-    whose steps are right while the reward is not.
-    """
-
-    before: Region = Region()
-    at: Region = Region()
-    after: Region = Region()
-    correct: Region = Region()
-    peak: float = 0.0
-    wrong_responses: int = 0
-    correct_responses: int = 0
-    unplaced: int = 0
-
-    def __add__(self, other: Localisation) -> Localisation:
-        names = [f.name for f in fields(Localisation)]
-        return Localisation(*(getattr(self, name) + getattr(other, name) for name in names))
-
-    @property
-    def mean_peak(self) -> float | None:
-        return self.peak / self.wrong_responses if self.wrong_responses else None
-
-    @property
-    def negative_share_correct(self) -> float | None:
-        """Fraction of tokens with negative A on fully correct responses."""
-        return _share(self.correct.negative_tokens, self.correct.tokens)
-
-    def share(self, region: str, kind: str = "absolute") -> float | None:
-        """Share of |A| (kind "absolute") or of negative A ("negative") that falls on the region."""
-        total = sum(getattr(getattr(self, r), kind) for r in ("before", "at", "after"))
-        return _share(getattr(getattr(self, region), kind), total)
-
-    def to_json(self) -> dict[str, Any]:
-        """The sums under "sums", and the figures that people read beside them."""
-        mean = {r: getattr(self, r).mean for r in ("before", "at", "after", "correct")}
-        return {
-            "mean_abs": {**mean, "peak": self.mean_peak},
-            "share_abs": {r: self.share(r) for r in ("before", "at", "after")},
-            "share_negative": {r: self.share(r, "negative") for r in ("before", "at", "after")},
-            "negative_share_correct": self.negative_share_correct,
-            "sums": asdict(self),
-        }
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Localisation:
-        """Inverse of `to_json`: rebuilds from the sums, so that results can be added."""
-        sums = record["sums"]
-        regions = {r: Region(**sums[r]) for r in ("before", "at", "after", "correct")}
-        return cls(**{**sums, **regions})
+    known = [name for name, condition in CONDITIONS.items() if condition.context]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        found = f"no context {unknown[0]!r}" if unknown else "no context is named"
+        raise AdvantageError(f"--contexts: {found}; there are: {', '.join(known)}")
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def request_config(request: Request) -> Config:
+    """The configuration that the measurement runs under. Raises ConfigError, AdvantageError."""
+    from fastsd.conditions import CONDITIONS
+    from fastsd.config import for_condition
+    from fastsd.evaluation.solver import checkpoint_config
+    from fastsd.tasks import TASKS
 
-
-def place(span: Span, wrong: Step) -> str:
-    """ "before", "at" or "after": a token that shares a character with the wrong step is at it.
-
-    An empty span (a stop token) takes the place of the character it stands in front of.
-    """
-    start, end = span
-    if start < wrong.end and max(end, start + 1) > wrong.start:
-        return "at"
-    return "before" if start < wrong.start else "after"
-
-
-def _localise(
-    rollout: Rollout, advantages: Sequence[float], steps: Sequence[Step], spans: Sequence[Span]
-) -> Localisation:
-    """The figures of one response."""
-    wrong = next((step for step in steps if not step.correct), None)
-    if wrong is None:
-        if not steps or (rollout.reward is not None and rollout.reward < 1.0):
-            return Localisation(unplaced=1)
-        return Localisation(correct=Region.of(advantages), correct_responses=1)
-    placed: dict[str, list[float]] = {"before": [], "at": [], "after": []}
-    for advantage, span in zip(advantages, spans, strict=True):
-        placed[place(span, wrong)].append(advantage)
-    regions = {region: Region.of(values) for region, values in placed.items()}
-    peak = max(map(abs, placed["at"]), default=0.0)
-    return replace(Localisation(wrong_responses=1, peak=peak), **regions)
-
-
-def localisation(
-    rollouts: Sequence[Rollout],
-    advantages: Sequence[Sequence[float]],
-    steps: Sequence[Sequence[Step]],
-    spans: Sequence[Sequence[Span]],
-) -> Localisation:
-    """Pool the per-token advantages of many responses by place relative to the first wrong step.
-
-    One entry per rollout: advantages A_t = log T(y_t) - log S(y_t) of each response token, its
-    steps in order, and each token's characters (`token_spans`). Raises LocalisationError, with the
-    rollout's index, where lengths differ or an advantage is not finite.
-    """
-    if not len(rollouts) == len(advantages) == len(steps) == len(spans):
-        raise LocalisationError(
-            f"one entry per rollout is needed; found {len(rollouts)} rollouts, {len(advantages)} "
-            f"rows of advantages, {len(steps)} of steps and {len(spans)} of spans"
+    data, asks = request.data, [name for name in request.contexts if CONDITIONS[name].critic]
+    if data in TASKS:
+        source = ["--data.task", data, "--data.train", "none", "--data.eval", "none"]
+    elif Path(data).suffix in FILES:
+        source = ["--data.task", "none", "--data.train", data, "--data.eval", data]
+    else:
+        raise AdvantageError(
+            f"DATA: {data!r} is neither a {' or '.join(FILES)} file nor a task ({', '.join(TASKS)})"
         )
-    total = Localisation()
-    for index, one in enumerate(zip(rollouts, advantages, steps, spans, strict=True)):
-        rollout, values, _, offsets = one
-        if not len(rollout.response_ids) == len(values) == len(offsets):
-            raise LocalisationError(
-                f"rollout {index} has {len(rollout.response_ids)} tokens, {len(values)} advantages "
-                f"and {len(offsets)} spans"
+    # What a training run's own condition and weights say does not matter here.
+    own = ["--condition", "reference", "--teacher.kind", "live", "--resume", "never"]
+    own += ["--loss.divergence_weight", "none", "--loss.policy_weight", "none"]
+    config = checkpoint_config(request.checkpoint, [*request.settings, *source, *own])
+    # A critic's settings are checked where a context asks it.
+    config = for_condition(config, [*asks, *request.contexts][0])
+    if config.report.questions == 0:
+        raise AdvantageError("--questions: found 0, nothing would be measured; give 1 or more")
+    return config
+
+
+def open_solver(config: Config, contexts: Sequence[str], folder: Path) -> Solver:
+    """folder: where a model critic's replies are kept, in critiques/, unless critic.cache says
+    otherwise."""
+    from fastsd.conditions import CONDITIONS
+    from fastsd.evaluation.solver import Solver, refuse_damaged
+    from fastsd.prompts.sources import required_fields
+
+    refuse_damaged(config)
+    shown = {n: CONDITIONS[n].needs for n in contexts}
+    needs = {f: f'--contexts "{n}" shows it to the teacher' for n, f in shown.items() if f}
+    return Solver(config, folder, {**required_fields(config), **needs})
+
+
+def check(solver: Solver, contexts: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Raises FastsdError for what would fail only after the answers are sampled."""
+    from fastsd.conditions import CONDITIONS
+
+    for name in contexts:
+        template = getattr(solver.config.prompt, CONDITIONS[name].template or "")
+        solver.renderer.check_template(template, like=prompts[0])
+        lacking = [p.id for p in prompts if CONDITIONS[name].needs and p.solution is None]
+        if lacking:
+            raise AdvantageError(
+                f'--contexts: "{name}" needs a solution for every question, and '
+                f"{lacking[0]!r} has none; leave the context out"
             )
-        if not all(map(math.isfinite, values)):
-            raise LocalisationError(f"rollout {index} has an advantage that is not finite")
-        total = total + _localise(*one)
-    return total
+        if CONDITIONS[name].critic and solver.critic is None:
+            raise AdvantageError(
+                f'--contexts: "{name}" needs a critic, and critic.kind = '
+                f'"{solver.config.critic.kind}" has no rules for this data; set --critic.kind '
+                "to local, server or replay"
+            )
+    for prompt in prompts:
+        solver.renderer.check_question(prompt)
 
 
-if __name__ == "__main__":
-    import sys
+def _run(request: Request) -> None:
+    from fastsd.evaluation.measure import held_out_rollouts, localise, measure
 
-    from fastsd.advantage_cli import main
+    start = time.perf_counter()
+    config = request_config(request)
+    solver = open_solver(config, request.contexts, request.out.parent)
+    prompts = solver.eval_prompts(config.report.questions)
+    check(solver, request.contexts, prompts)
+    rollouts = held_out_rollouts(solver, prompts)
+    views = measure(solver, rollouts, request.contexts, config.report.alternatives)
+    places = localise(rollouts, views, request.contexts)
+    if request.json:
+        print(json.dumps(record(request, views, places), allow_nan=False))
+        return
+    print(f"{request.checkpoint}: {len(prompts)} questions of {request.data} x ", end="")
+    print(f"{config.report.samples} samples, {time.perf_counter() - start:.1f} s")
+    print(table(views, places))
+    _write_page(request, config, solver, views, places)
+    print(f"page: {request.out}")
 
-    sys.exit(main())
+
+def _write_page(
+    request: Request,
+    config: Config,
+    solver: Solver,
+    views: Sequence[TokenView],
+    places: Mapping[str, Localisation],
+) -> None:
+    from fastsd.evaluation.views import choose_rollouts
+    from fastsd.report_tokens import write_token_page
+
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    shown = choose_rollouts(views, config.report.rollouts)
+    write_token_page(request.out, shown, places, task=solver.task)
+
+
+def record(
+    request: Request, views: Sequence[TokenView], places: Mapping[str, Localisation]
+) -> dict[str, Any]:
+    """What --json prints: localisation by context, and every view with its advantages."""
+    return {
+        "checkpoint": request.checkpoint,
+        "data": request.data,
+        "contexts": request.contexts,
+        "localisation": {name: one.to_json() for name, one in places.items()},
+        "views": [{**asdict(view), "advantage": view.advantage} for view in views],
+    }
+
+
+def table(views: Sequence[TokenView], places: Mapping[str, Localisation]) -> str:
+    """Localisation as text, a column per context; below it what was left out, and why."""
+    from fastsd.evaluation.summary import LOCALISATION_HEADERS, localisation_rows
+
+    rows = localisation_rows({"localisation": {n: one.to_json() for n, one in places.items()}})
+    counts = ["responses: wrong, right, not placed"]
+    for one in places.values():
+        counts.append(f"{one.wrong_responses}, {one.correct_responses}, {one.unplaced}")
+    lines = [list(line) for line in zip(LOCALISATION_HEADERS, *rows, strict=True)] + [counts]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    for name in places:
+        problems = Counter(v.problem for v in views if v.context == name and v.problem)
+        if problems:
+            named = ", ".join(f"{problem} {count}" for problem, count in problems.most_common())
+            text.append(f"{name}: {sum(problems.values())} responses without it ({named})")
+    return "\n".join(text)

@@ -5,8 +5,9 @@
     distribution  how A is distributed on right steps, on the first wrong one and on later ones
 
 A = log T(y_t) - log S(y_t): below 0 the teacher, who sees the feedback, would rather not have
-written the token. All three are drawn from `fastsd.token_view` views, as files (SVG, PNG) of a run
-and as inline SVG for its page. Text of the data is shortened, made printable and escaped.
+written the token. All three are drawn from TokenViews (`fastsd.evaluation.views`), as files (SVG,
+PNG) of a run and as inline SVG for its page. Text of the data is shortened, made printable and
+escaped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastsd.advantage import Localisation
 from fastsd.advantage_profile import (
     BINS,
     PLACES,
@@ -31,8 +31,9 @@ from fastsd.advantage_profile import (
     shown_response,
     wrong_tokens,
 )
+from fastsd.evaluation.localisation import Localisation
+from fastsd.evaluation.views import TokenView, by_rollout
 from fastsd.plots import INK, LABEL, OTHER_STYLE, SETTINGS, STYLES, inline_svg
-from fastsd.token_view import TokenView, by_rollout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

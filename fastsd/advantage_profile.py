@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fastsd.advantage import place
-from fastsd.token_view import TokenView, by_rollout
+from fastsd.evaluation.localisation import place
+from fastsd.evaluation.views import TokenView, by_rollout
 
 REACH = 200  # tokens before and after the start of the first wrong step
 BINS = 50

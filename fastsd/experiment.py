@@ -26,9 +26,9 @@ from fastsd.session import Session, refuse_used_folder
 from fastsd.trackers import require_packages
 
 if TYPE_CHECKING:
-    from fastsd.advantage import Localisation
     from fastsd.config import Config
-    from fastsd.evaluate import EvalResult
+    from fastsd.evaluation.localisation import Localisation
+    from fastsd.evaluation.results import EvalResult
 
 _LOCALISATION = "localisation.json"
 
@@ -145,8 +145,8 @@ def _measure(session: Session, run_dir: Path, conditions: list[str]) -> None:
     """Where each context presses: figures, the rollouts that the report shows, localisation.json
     last, because a resumed run takes it for the whole."""
     from fastsd.advantage_plots import write_figures
-    from fastsd.localise import measure_localisation
-    from fastsd.token_view import FILE, choose_rollouts, write_views
+    from fastsd.evaluation.measure import measure_localisation
+    from fastsd.evaluation.views import FILE, choose_rollouts, write_views
 
     views, measured = measure_localisation(session, conditions)
     if views:
@@ -157,7 +157,7 @@ def _measure(session: Session, run_dir: Path, conditions: list[str]) -> None:
 
 
 def _read_localisation(path: Path) -> dict[str, Localisation]:
-    from fastsd.advantage import Localisation
+    from fastsd.evaluation.localisation import Localisation
 
     return {name: Localisation.from_json(one) for name, one in read_json(path).items()}
 
@@ -184,7 +184,7 @@ def _begin_child(run_dir: Path, base: EvalResult) -> None:
 
 
 def _summarise(config, run_dir, results, base, where, seconds) -> dict[str, Any]:
-    from fastsd.summary import summarise
+    from fastsd.evaluation.summary import summarise
 
     summary = summarise(results, base, localisation=where, task=config.data.task, seconds=seconds)
     replace_text(run_dir / "summary.json", json.dumps(summary, indent=2))
@@ -201,7 +201,7 @@ def _print_header(invocation: Invocation, session: Session, run_dir: Path) -> No
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from fastsd.summary import console_table, plain_table
+    from fastsd.evaluation.summary import console_table, plain_table
 
     if sys.stdout.isatty():
         from rich.console import Console

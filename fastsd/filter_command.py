@@ -1,4 +1,4 @@
-"""python -m fastsd.data filter: reads the questions, asks `fastsd.filter`, writes what it keeps.
+"""python -m fastsd.data filter: reads the questions, has them judged, writes the kept ones.
 
 Everything that can be wrong with the rows is found before a response is sampled. Questions go
 through in batches, so memory does not grow with the file; what is kept is written at the end,
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsd.errors import CheckpointError
-from fastsd.filter import KEPT, VERDICTS, Filter, FilterError, row_of
+from fastsd.evaluation.filter import KEPT, VERDICTS, Filter, FilterError, row_of
 from fastsd.types import Prompt
 
 if TYPE_CHECKING:
@@ -130,50 +130,24 @@ def open_filter(config: Config, request: Request) -> tuple[Filter, list[Prompt]]
     Raises FastsdError for a row without an answer or that cannot be written again, a question that
     the model has no room for, and where solver, reward or critic cannot be had.
     """
-    import torch
+    from fastsd.evaluation.solver import Solver, answering
 
-    from fastsd.critics import open_critic
-    from fastsd.model import load_policy
-    from fastsd.preflight import renderer_for
-    from fastsd.rewards.functions import load_reward
-    from fastsd.rollout import Sampler
-    from fastsd.runtime import hardware
-    from fastsd.session import open_task
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    task = open_task(config)
-    prompts = _questions(config, task, request.rows)
-    reward = load_reward(config.reward, task)
-    device = hardware.resolve_device(config.device)
-    # The solver as training finds it: adapters start as no change.
-    plain = {"lora": None, "freeze": [], "gradient_checkpointing": False}
-    model = config.model.model_copy(update=plain)
-    policy = load_policy(model, device, hardware.resolve_dtype(model.dtype, device))
-    policy.model.requires_grad_(False)
-    renderer = renderer_for(policy, config)
-    for prompt in prompts:
-        renderer.check_question(prompt)
-    critic = None
-    if config.filter.critic_solves:
-        folder = Path(f"{request.out}.critic")
-        critic = open_critic(config, task, folder, reward=reward, tokenizer=policy.tokenizer)
-    return Filter(config, Sampler(policy, renderer, config.rollout), reward, critic), prompts
-
-
-def _questions(config: Config, task, rows: int | None) -> list[Prompt]:
-    from fastsd.prompts.files import read_prompts
-    from fastsd.prompts.sources import TaskSource
-
-    if config.data.train:
-        needs = {"answer": "a question without one cannot be filtered by who solves it"}
-        prompts = read_prompts(config.data.train, config.data.columns, needs)[:rows]
-    else:
-        count = rows or config.optim.steps * config.rollout.prompts_per_step
-        prompts = TaskSource(task).take(0, count, config.seed)
+    needs = {"answer": "a question without one cannot be filtered by who solves it"}
+    config = answering(config)
+    solver = Solver(config, Path(f"{request.out}.critic"), needs, held_out=False)
+    prompts = solver.train_data.first(_count(config, request.rows), config.seed)
     for prompt in prompts:
         row_of(prompt)
-    return prompts
+        solver.renderer.check_question(prompt)
+    critic = solver.critic if config.filter.critic_solves else None
+    return Filter(config, solver.sampler, solver.reward, critic), prompts
+
+
+def _count(config: Config, rows: int | None) -> int:
+    """All of a file, and of a task, which has no end, as many as the run takes."""
+    if config.data.train:
+        return sys.maxsize if rows is None else rows
+    return rows or config.optim.steps * config.rollout.prompts_per_step
 
 
 def run(request: Request) -> None:

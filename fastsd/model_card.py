@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastsd.evaluation.summary import difference_rows, limits_of, score_headers, score_rows
 from fastsd.report_page import environment
 from fastsd.run_folder import Run, RunFolderError, read_run
 from fastsd.runtime.files import replace_text
-from fastsd.summary import difference_rows, limits_of, score_headers, score_rows
 
 
 def _tables(run: Run) -> dict[str, Any]:

@@ -7,27 +7,13 @@ from typing import TYPE_CHECKING
 
 from fastsd.config import Config
 from fastsd.errors import FastsdError
-from fastsd.model import Policy
-from fastsd.model.refusals import longest_sequence
-from fastsd.prompts.render import PromptRenderer
+from fastsd.evaluation.solver import renderer_for
 from fastsd.prompts.sources import required_fields
 from fastsd.training.feedback import feedback_maker
 from fastsd.types import Prompt
 
 if TYPE_CHECKING:
     from fastsd.session import Session
-
-
-def renderer_for(policy: Policy, config: Config) -> PromptRenderer:
-    """A renderer whose prompts leave the model room for the longest response.
-
-    Raises ModelError where not even a response fits.
-    """
-    longest, response = longest_sequence(policy.config), config.rollout.max_new_tokens
-    policy.check_length(1 + response)
-    return PromptRenderer(
-        policy.tokenizer, config.prompt, room=None if longest is None else longest - response
-    )
 
 
 def check_prompts(session: Session, config: Config) -> None:

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd import report_curves
+from fastsd.evaluation.summary import console_table, limits_of, plain_table, summarise
+from fastsd.evaluation.views import FILE as VIEWS
+from fastsd.evaluation.views import TokenView, read_views
 from fastsd.model_card import limits_of_run, write_model_card
 from fastsd.report_page import inline_picture, write_page
 from fastsd.report_runs import comparison, labelled, read_runs
@@ -33,14 +36,6 @@ from fastsd.run_folder import (
     read_last_completions,
     write_completions,
 )
-from fastsd.summary import (
-    console_table,
-    limits_of,
-    plain_table,
-    summarise,
-)
-from fastsd.token_view import FILE as VIEWS
-from fastsd.token_view import TokenView, read_views
 
 if TYPE_CHECKING:
     from markupsafe import Markup

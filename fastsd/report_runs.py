@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsd.evaluate import EvalResult, paired_difference, pooled_interval
+from fastsd.evaluation.results import EvalResult, paired_difference, pooled_interval
+from fastsd.evaluation.scores import METRICS, Interval
+from fastsd.evaluation.summary import (
+    PAIRS,
+    difference_rows,
+    percent,
+    points,
+    score_headers,
+    score_rows,
+)
 from fastsd.run_folder import Run, RunFolderError, read_run
-from fastsd.scores import METRICS, Interval
-from fastsd.summary import PAIRS, difference_rows, percent, points, score_headers, score_rows
 
 BETWEEN = " · "
 

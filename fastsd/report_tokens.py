@@ -19,16 +19,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsd.evaluation.summary import LOCALISATION_HEADERS, localisation_rows
+from fastsd.evaluation.views import TokenView, by_rollout
 from fastsd.report_page import escaped, inline_picture, write_page
-from fastsd.summary import LOCALISATION_HEADERS, localisation_rows
 from fastsd.tasks.steps import parse_steps
 from fastsd.token_data import EDGES, TAGS, Detail, RolloutTokens, fit, levels, runs
-from fastsd.token_view import TokenView, by_rollout
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from fastsd.advantage import Localisation
+    from fastsd.evaluation.localisation import Localisation
     from fastsd.types import Task
 
 ROOM = 2_500_000
@@ -108,7 +108,7 @@ def localisation_part(
     """What parts.html.j2 shows of it: the table, the bars of its means, and the figures of the
     views, if there are any. localisation: context -> Localisation.to_json()."""
     from fastsd import plots
-    from fastsd.advantage import Localisation
+    from fastsd.evaluation.localisation import Localisation
 
     figures: list[str] = []
     if views:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsd.advantage import Localisation
 from fastsd.errors import FastsdError
-from fastsd.evaluate import EvalResult
+from fastsd.evaluation.localisation import Localisation
+from fastsd.evaluation.results import EvalResult
+from fastsd.evaluation.summary import summarise
 from fastsd.runtime.files import replace_text
-from fastsd.summary import summarise
 from fastsd.types import Rollout
 
 

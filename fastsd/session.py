@@ -7,7 +7,6 @@ an averaged teacher that is the whole state; all randomness is a function of (se
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,67 +23,45 @@ from fastsd.checkpoint.matches import (
 )
 from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
-from fastsd.critics import open_critic
 from fastsd.errors import FastsdError
-from fastsd.evaluate import scored_samples, tabulate
+from fastsd.evaluation.results import scored_samples, tabulate
+from fastsd.evaluation.solver import Solver
 from fastsd.guards import Guard
-from fastsd.model import Policy, load_policy
+from fastsd.model import Policy
 from fastsd.model.micro_batches import MicroBatch, micro_batches, micro_batches_by_rank
 from fastsd.optimizer import Optimizer
 from fastsd.parallel.placement import place_weights, refuse_ranks
-from fastsd.preflight import check_prompts, renderer_for
+from fastsd.preflight import check_prompts
 from fastsd.prompts.samples import make_samples
-from fastsd.prompts.sources import load_data, required_fields
-from fastsd.rewards.functions import group_advantages, load_reward, score_rollouts
-from fastsd.rollout import open_sampler
+from fastsd.prompts.sources import required_fields
+from fastsd.rewards.functions import group_advantages, score_rollouts
 from fastsd.run_folder import append_evaluation, read_evaluations
-from fastsd.runtime import hardware
 from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
 from fastsd.runtime.phases import PhaseClock
 from fastsd.runtime.signals import SignalGate
 from fastsd.runtime.world import open_world
-from fastsd.tasks import load_task
-from fastsd.tasks.answers import extract_answer
 from fastsd.teachers.passes import Passes
 from fastsd.teachers.self_teacher import Teacher
 from fastsd.training.feedback import dropped_rollouts, feedback_maker
 from fastsd.training.state import sample_from_json, sample_to_json
-from fastsd.types import Critic, Feedback, Prompt, Rollout, Sample, Task
+from fastsd.types import Feedback, Prompt, Rollout, Sample
 from fastsd_kernels.loss_head import implementation_choice
 
 
-def open_task(config: Config) -> Task | None:
-    """The configured procedural task, with the critic's variant; None for data from files."""
-    if config.data.task is None:
-        return None
-    options = dict(config.data.task_options)
-    return load_task(config.data.task, critic_variant=config.critic.variant, **options)
+class Session(Solver):
+    """A solver that learns: everything one (condition, seed) run needs.
 
-
-class Session:
-    """Everything one (condition, seed) run needs. Raises FastsdError where it cannot start."""
+    Raises FastsdError where it cannot start.
+    """
 
     def __init__(self, config: Config, run_dir: Path):
-        self.config = config
         self.run_dir = run_dir
-        if config.threads:
-            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.world = open_world(config.parallel.timeout_s, config.device)
         refuse_other_start(self.world, config.model_dump(mode="json"))
         refuse_ranks(config, self.world)
-        device = hardware.resolve_device(config.device, self.world.local_rank)
-        dtype = hardware.resolve_dtype(config.model.dtype, device)
-        self.task = open_task(config)
-        self.train_data, self.eval_prompts = load_data(
-            config.data, self.task, config.seed, required_fields(config)
-        )
-        self.reward = load_reward(config.reward, self.task)
-        self.policy = load_policy(config.model, device, dtype)
+        super().__init__(config, run_dir, required_fields(config), self.world)
         self.loss_head = _loss_head(config.loss.impl, self.policy)
-        self.renderer = renderer_for(self.policy, config)
-        served = config.rollout, run_dir, self.world
-        self.sampler = open_sampler(self.policy, self.renderer, *served)
         asks = CONDITIONS[config.condition].critic
         self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
@@ -100,12 +77,6 @@ class Session:
         self.cursor = 0
         self.buffer: list[Sample] = []
         check_prompts(self, config)
-
-    @functools.cached_property
-    def critic(self) -> Critic | None:
-        """The configured critic, opened when it is first asked for: it may be a model."""
-        judge = {"reward": self.reward, "tokenizer": self.policy.tokenizer}
-        return open_critic(self.config, self.task, self.run_dir, **judge)
 
     def where(self) -> str:
         """The step and phase under way, for a message."""
@@ -197,7 +168,7 @@ class Session:
         scored = self.placement.share_out(
             prompts,
             config.samples,
-            lambda some: scored_samples(self.sampler, self.reward, some, config, self.answer_of),
+            lambda some: scored_samples(self, some, config),
             self.gate,
         )
         result = tabulate(*zip(*scored, strict=True), samples=config.samples)
@@ -206,10 +177,6 @@ class Session:
 
     def _is_evaluated(self) -> bool:
         return any(step == self.step for step, _ in read_evaluations(self.run_dir))
-
-    def answer_of(self, text: str) -> str | None:
-        """The answer that votes in maj@k."""
-        return self.task.answer(text) if self.task else extract_answer(text)
 
     # -- state ------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ import numpy as np
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
-    from fastsd.token_view import TokenView
+    from fastsd.evaluation.views import TokenView
 
 # |A| from which a token takes the next stronger colour; 1 nat is a factor of 2.7.
 EDGES = (0.25, 1.0, 4.0)

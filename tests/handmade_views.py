@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastsd.token_view import TokenView
+from fastsd.evaluation.views import TokenView
 from fastsd.types import Step
 
 

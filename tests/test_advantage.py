@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastsd.advantage import (
+from fastsd.errors import FastsdError
+from fastsd.evaluation.localisation import (
     Localisation,
     LocalisationError,
     Region,
@@ -18,7 +19,6 @@ from fastsd.advantage import (
     place,
     token_spans,
 )
-from fastsd.errors import FastsdError
 from fastsd.rewards.functions import group_advantages
 from fastsd.types import Prompt, Rollout, Step
 

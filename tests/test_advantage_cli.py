@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_models import build_tiny_llama
 
-from fastsd.advantage_cli import main, parse
+from fastsd.advantage import main, parse
 from fastsd.errors import CriticUnavailable
 
 

@@ -11,7 +11,7 @@ from rows import write_rows
 from fastsd.config.sections import DataConfig
 from fastsd.data import main
 from fastsd.prompts.files import DataError, read_prompts
-from fastsd.prompts.sources import RowSource, load_data
+from fastsd.prompts.sources import RowSource, load_held_out, load_training
 from fastsd.tasks import load_task
 
 
@@ -49,30 +49,32 @@ def test_50_interruptions_change_no_prompt(prompts):
 
 def test_task_source():
     task = load_task("chain_sum")
-    train, held_out = load_data(DataConfig(task="chain_sum"), task, 0)
+    config = DataConfig(task="chain_sum")
+    train, held_out = load_training(config, task, 0), load_held_out(config, task)
     first = train.take(0, 8, seed=0)
     assert first == [task.prompt("train", index) for index in range(8)]
-    assert train.take(3, 5, seed=0) == first[3:]
+    assert train.take(3, 5, seed=0) == first[3:] and train.first(8, seed=0) == first
     questions = {seed: {p.question for p in train.take(0, 64, seed)} for seed in range(4)}
     assert all(not questions[a] & questions[b] for a in range(4) for b in range(a))
     assert held_out(3) == [task.prompt("eval", index) for index in range(3)]
 
 
-def test_load_data_from_files_and_its_errors(tmp_path):
+def test_rows_of_files_and_their_errors(tmp_path):
     rows = [{"q": f"q{n}"} for n in range(3)]
     train_file = str(write_rows(tmp_path / "train.jsonl", *rows))
     eval_file = str(write_rows(tmp_path / "eval.jsonl", *rows[:2]))
     columns = {"question": "q"}
     config = DataConfig(train=train_file, eval=eval_file, columns=columns, shuffle=False)
-    train, held_out = load_data(config, None, 0)
+    train, held_out = load_training(config, None, 0), load_held_out(config, None)
     assert [p.question for p in train.take(0, 4, 0)] == ["q0", "q1", "q2", "q0"]
+    assert [p.question for p in train.first(2, 0)] == ["q0", "q1"] and len(train.first(9, 0)) == 3
     assert [p.id for p in held_out(1)] == ["eval.jsonl:1"] and len(held_out(9)) == 2
     with pytest.raises(DataError, match="set data.task or data.train"):
-        load_data(DataConfig(), None, 0)
+        load_training(DataConfig(), None, 0)
     with pytest.raises(DataError, match="set data.eval"):
-        load_data(DataConfig(train=train_file, columns=columns), None, 0)
+        load_held_out(DataConfig(train=train_file, columns=columns), None)
     with pytest.raises(DataError, match="seed = -1"):
-        load_data(config, None, -1)
+        load_training(config, None, -1)
     assert DataError.exit_code == 2
 
 

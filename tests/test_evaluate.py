@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 
 from fastsd.config.sections import EvalConfig
-from fastsd.evaluate import (
+from fastsd.evaluate import main
+from fastsd.evaluation.results import (
     EvalResult,
-    checkpoint_config,
     evaluate,
-    main,
     paired_difference,
     pooled_interval,
     tabulate,
 )
-from fastsd.scores import (
+from fastsd.evaluation.scores import (
     EvaluationError,
     avg_at_k,
     bootstrap_interval,
@@ -30,6 +29,7 @@ from fastsd.scores import (
     pass_by_question,
     pool_seeds,
 )
+from fastsd.evaluation.solver import checkpoint_config
 from fastsd.types import Prompt, Rollout
 
 
@@ -198,8 +198,11 @@ def test_evaluate_scores_what_the_sampler_answers():
     question = ({"role": "user", "content": "2+2"},)
     prompts = [Prompt("a", question, answer="4"), Prompt("b", question, answer="6")]
     sampler = ScriptedSampler()
-    config = EvalConfig(samples=3, temperature=0.7, seed=5)
-    result = evaluate(sampler, reward, prompts, config, str)
+    solver = SimpleNamespace(
+        sampler=sampler, reward=reward, eval_prompts=lambda count: prompts[:count], answer_of=str
+    )
+    config = EvalConfig(questions=2, samples=3, temperature=0.7, seed=5)
+    result = evaluate(solver, config)
     assert sampler.call == (3, (5,), 0.7)
     assert result.correct_QK == [[1, 0, 1], [0, 0, 0]]
     assert (result.maj_at_k, result.pass_at_k) == (0.5, 0.5)

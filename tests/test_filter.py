@@ -10,7 +10,7 @@ from runs import small_config
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.text import TextCritic
 from fastsd.errors import CriticUnavailable
-from fastsd.filter import KEPT, Filter, FilterError, row_of
+from fastsd.evaluation.filter import KEPT, Filter, FilterError, row_of
 from fastsd.prompts.files import read_prompts
 from fastsd.rewards.functions import exact_reward
 from fastsd.serving.cache import Reply

@@ -12,7 +12,7 @@ from rows import write_rows
 from tiny_models import build_tiny
 
 from fastsd.data import main
-from fastsd.filter import KEPT, VERDICTS, Filter, FilterError
+from fastsd.evaluation.filter import KEPT, VERDICTS, Filter, FilterError
 from fastsd.filter_command import Request, filter_config
 from fastsd.prompts.files import read_prompts
 from fastsd.tasks import load_task

@@ -13,12 +13,11 @@ import torch
 from runs import small_config
 from tiny_models import build_tiny_llama
 
-from fastsd.advantage import Localisation, localisation
 from fastsd.config import Config
 from fastsd.config.sections import ReportConfig
 from fastsd.errors import CriticUnavailable
-from fastsd.experiment import _measure
-from fastsd.localise import (
+from fastsd.evaluation.localisation import Localisation, localisation
+from fastsd.evaluation.measure import (
     NO_ROOM,
     applicable_contexts,
     localise,
@@ -26,9 +25,10 @@ from fastsd.localise import (
     measure,
     measure_localisation,
 )
+from fastsd.evaluation.summary import localisation_rows
+from fastsd.evaluation.views import by_rollout, read_views
+from fastsd.experiment import _measure
 from fastsd.session import Session
-from fastsd.summary import localisation_rows
-from fastsd.token_view import by_rollout, read_views
 from fastsd.types import Critique, Feedback, Prompt, Rollout, Step
 
 

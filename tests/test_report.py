@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 import pyarrow.parquet as pq
 import pytest
 
-from fastsd.advantage import Localisation, Region
-from fastsd.evaluate import EvalResult, tabulate
+from fastsd.evaluation.localisation import Localisation, Region
+from fastsd.evaluation.results import EvalResult, tabulate
+from fastsd.evaluation.summary import console_table, plain_table, summarise
 from fastsd.model_card import write_model_card
 from fastsd.report import main, write_report
 from fastsd.run_folder import (
@@ -25,7 +26,6 @@ from fastsd.run_folder import (
     read_metrics,
     write_completions,
 )
-from fastsd.summary import console_table, plain_table, summarise
 from fastsd.types import Prompt, Rollout
 
 PAYLOAD = "<script>alert(1)</script>{{7*7}}{% raw %}\"'><img src=http://evil.example/x>$x_1$[b]"

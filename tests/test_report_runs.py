@@ -9,12 +9,12 @@ import pytest
 from test_report import BASE, BEST, BETTER, FOUND, PAYLOAD, Page, build_run, result_of
 from token_views import chain_sum_views
 
-from fastsd.advantage import Localisation
+from fastsd.evaluation.localisation import Localisation
+from fastsd.evaluation.views import FILE, write_views
 from fastsd.report import main, write_report
 from fastsd.report_curves import intervals, metrics_of, phases, styles_of
 from fastsd.report_runs import comparison, labelled, printable, read_runs
 from fastsd.run_folder import MetricsWriter, RunFolderError, append_evaluation
-from fastsd.token_view import FILE, write_views
 
 OTHER = result_of([[1, 0], [0, 1]])
 

@@ -15,7 +15,8 @@ from test_report import build_run
 from token_views import CRITIQUE, REFERENCE, chain_sum_views, random_views, view_of
 
 from fastsd import report_tokens
-from fastsd.advantage import Localisation, Region
+from fastsd.evaluation.localisation import Localisation, Region
+from fastsd.evaluation.views import FILE, write_views
 from fastsd.report import write_report
 from fastsd.report_tokens import aligned, token_section, write_token_page
 from fastsd.tasks import load_task
@@ -33,7 +34,6 @@ from fastsd.token_data import (
     levels,
     runs,
 )
-from fastsd.token_view import FILE, write_views
 from fastsd.types import Step
 
 HOSTILE = (

@@ -10,8 +10,8 @@ from runs import small_config
 from tiny_models import build_tiny, load_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsd import token_statistics as module
-from fastsd.token_statistics import token_statistics, top_tokens
+from fastsd.evaluation import statistics as module
+from fastsd.evaluation.statistics import token_statistics, top_tokens
 from fastsd.types import Prompt, Rollout, Sample
 
 TEMPERATURE = 0.7

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from handmade_views import make_view
 
-from fastsd.token_view import (
+from fastsd.evaluation.views import (
     TokenViewError,
     by_rollout,
     choose_rollouts,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastsd.token_view import TokenView
+from fastsd.evaluation.views import TokenView
 from fastsd.types import Step
 
 RESPONSE = "b+3=e;e+d=c;c+2=e;"

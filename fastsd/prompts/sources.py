@@ -1,4 +1,8 @@
-"""TODO."""
+"""Questions to train and evaluate on: procedural tasks, or rows of files (`files.py`).
+
+Where training stands in its data is one number, the cursor: `take(cursor, count, seed)` is a pure
+function, so a resumed run sees exactly the prompts that an uninterrupted one would have.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,10 @@ class DataSource(Protocol):
         """Training prompts cursor ... cursor + count - 1 of an endless, fixed sequence."""
         ...
 
+    def first(self, count: int, seed: int) -> list[Prompt]:
+        """The first `count` in the order in which they are written; fewer if there are fewer."""
+        ...
+
 
 class TaskSource:
     """A procedural task's questions; different seeds see different ones."""
@@ -43,6 +51,9 @@ class TaskSource:
     def take(self, cursor: int, count: int, seed: int) -> list[Prompt]:
         start = seed * _SEED_STRIDE + cursor
         return [self._task.prompt("train", index) for index in range(start, start + count)]
+
+    def first(self, count: int, seed: int) -> list[Prompt]:
+        return self.take(0, count, seed)
 
 
 class RowSource:
@@ -58,6 +69,9 @@ class RowSource:
         places = [divmod(index, size) for index in range(cursor, cursor + count)]
         return [self._prompts[self._order(seed, epoch)[at]] for epoch, at in places]
 
+    def first(self, count: int, seed: int) -> list[Prompt]:
+        return self._prompts[:count]
+
     def _order(self, seed: int, epoch: int) -> list[int]:
         key = (seed, epoch)
         if self._epoch is None or self._epoch[0] != key:
@@ -68,32 +82,39 @@ class RowSource:
         return self._epoch[1]
 
 
-def load_data(
+def load_training(
     config: DataConfig,
     task: Task | None,
     seed: int,
     needs: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[DataSource, Callable[[int], list[Prompt]]]:
-    """The training source, and a function from n to the first n held-out prompts (fewer if fewer).
+) -> DataSource:
+    """The file that data.train names, else the task's questions.
 
-    Files where data.train and data.eval name them, else the task's questions. needs: fields
-    (answer, solution) that no row may lack, with the reason; held-out rows need no solution.
-    Raises DataError for a row, file or mapping that cannot be used, for a run without training or
-    held-out questions, and for a seed that cannot choose questions (negative).
+    needs: fields (answer, solution) that no row may lack, with the reason. Raises DataError for a
+    row, file or mapping that cannot be used, where there is neither file nor task, and for a seed
+    that cannot choose questions (negative).
     """
     if seed < 0:
         raise DataError(f"seed = {seed}: it chooses the questions and must be 0 or more")
-    train: DataSource
     if config.train:
-        train = RowSource(read_prompts(config.train, config.columns, needs), config.shuffle)
-    elif task:
-        train = TaskSource(task)
-    else:
-        raise DataError("nothing to train on: set data.task or data.train")
+        return RowSource(read_prompts(config.train, config.columns, needs), config.shuffle)
+    if task:
+        return TaskSource(task)
+    raise DataError("nothing to train on: set data.task or data.train")
+
+
+def load_held_out(
+    config: DataConfig, task: Task | None, needs: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[int], list[Prompt]]:
+    """A function from n to the first n held-out questions (fewer if there are fewer).
+
+    Of the file that data.eval names, else of the task. needs: as in `load_training`, but held-out
+    rows need no solution. Raises DataError.
+    """
     if config.eval:
         answer = {field: why for field, why in needs.items() if field == "answer"}
         held_out = read_prompts(config.eval, config.columns, answer)
-        return train, lambda count: held_out[:count]
+        return lambda count: held_out[:count]
     if task:
-        return train, lambda count: [task.prompt("eval", index) for index in range(count)]
+        return lambda count: [task.prompt("eval", index) for index in range(count)]
     raise DataError("nothing to evaluate on: set data.eval to a file of held-out rows")

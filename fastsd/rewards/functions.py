@@ -36,7 +36,7 @@ from fastsd.types import Reward, Rollout, Task
 
 MAX_ANSWER_CHARACTERS = 2000
 PATIENCE_S = 10.0
-# Added to a group's spread.
+# Added to a group's standard deviation, as in TRL's GRPO.
 EPSILON = 1e-4
 _BUILT_IN = ("task", "exact", "math")
 _WORDS = re.compile(r"[^\W\d_]{2,}([ '-][^\W\d_]+)*")

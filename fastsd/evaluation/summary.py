@@ -3,7 +3,7 @@
 `summary.json` holds shares as fractions in [0, 1]; tables show them in percent, differences in
 points. Whatever shows the result shows its limits: they are part of the summary, not of a page.
 
-Axes: none; a "pooled" interval is [mean, low, high] as `fastsd.scores` defines it.
+Axes: none; a "pooled" interval is [mean, low, high] as `fastsd.evaluation.scores` defines it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastsd.advantage import Localisation
-from fastsd.evaluate import EvalResult, paired_difference, pooled_interval
-from fastsd.scores import METRICS
+from fastsd.evaluation.localisation import Localisation
+from fastsd.evaluation.results import EvalResult, paired_difference, pooled_interval
+from fastsd.evaluation.scores import METRICS
 
 PAIRS = (("critique", "grpo"), ("critique", "reference"), ("reference", "grpo"))
 

@@ -33,7 +33,7 @@ TOP_COLUMNS = 16384
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """The numbers of one response: `fastsd.token_view.TokenView` says what they are."""
+    """The numbers of one response: `fastsd.evaluation.views.TokenView` says what they are."""
 
     student_logprob: tuple[float, ...]
     entropy: tuple[float, ...]

@@ -2,8 +2,8 @@
 
 A TokenView holds the numbers of one rollout under one context, and the text that they belong to.
 The views of a run are one parquet file, `advantages.parquet`; report and figures need nothing else.
-They are measured in `fastsd.localise`. This module stays light: files are opened by the parquet
-library only when there is one to read or write.
+They are measured in `measure.py`. This module stays light: files are opened by the parquet library
+only when there is one to read or write.
 
 T: tokens of the response.
 """
@@ -25,7 +25,7 @@ from fastsd.types import Step
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from fastsd.advantage import Span
+    from fastsd.evaluation.localisation import Span
 
 FILE = "advantages.parquet"
 VERSION = "1"

@@ -11,44 +11,25 @@ out of the figures and counted.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from fastsd.advantage import Localisation, localisation, token_spans
 from fastsd.conditions import CONDITIONS
-from fastsd.config import Config
-from fastsd.model import Policy
-from fastsd.prompts.render import PromptRenderer
+from fastsd.evaluation.localisation import Localisation, localisation, token_spans
+from fastsd.evaluation.solver import Solver
+from fastsd.evaluation.statistics import token_statistics
+from fastsd.evaluation.views import TokenView
 from fastsd.prompts.samples import make_samples
 from fastsd.rewards.functions import score_rollouts
-from fastsd.rollout import Sampler
 from fastsd.tasks.steps import parse_steps
-from fastsd.token_statistics import token_statistics
-from fastsd.token_view import TokenView
-from fastsd.types import Critic, Feedback, Prompt, Reward, Rollout, Sample, Step, Task
+from fastsd.types import Feedback, Prompt, Rollout, Sample, Step, Task
 
 NO_ROOM = "no_room"
 
 
-class Subject(Protocol):
-    """What is measured: the parts of a `fastsd.session.Session` that it takes."""
-
-    config: Config
-    policy: Policy
-    renderer: PromptRenderer
-    sampler: Sampler
-    task: Task | None
-    reward: Reward
-    eval_prompts: Callable[[int], list[Prompt]]
-
-    @functools.cached_property
-    def critic(self) -> Critic | None: ...
-
-
 def measure_localisation(
-    subject: Subject, conditions: Sequence[str]
+    solver: Solver, conditions: Sequence[str]
 ) -> tuple[list[TokenView], dict[str, Localisation]]:
     """Views and localisation of every context that applies, on the same held-out rollouts.
 
@@ -56,17 +37,17 @@ def measure_localisation(
     conditions: those that will run. The teacher is the policy itself, so call it before the first
     update. ([], {}) where no context applies. Raises CriticUnavailable where the critic is dead.
     """
-    prompts = subject.eval_prompts(subject.config.report.questions)
-    contexts = applicable_contexts(subject, conditions, prompts)
+    prompts = solver.eval_prompts(solver.config.report.questions)
+    contexts = applicable_contexts(solver, conditions, prompts)
     if not prompts or not contexts:
         return [], {}
-    rollouts = held_out_rollouts(subject, prompts)
-    views = measure(subject, rollouts, contexts, subject.config.report.alternatives)
+    rollouts = held_out_rollouts(solver, prompts)
+    views = measure(solver, rollouts, contexts, solver.config.report.alternatives)
     return views, localise(rollouts, views, contexts)
 
 
 def applicable_contexts(
-    subject: Subject, conditions: Sequence[str], prompts: Sequence[Prompt]
+    solver: Solver, conditions: Sequence[str], prompts: Sequence[Prompt]
 ) -> list[str]:
     """The contexts that can be measured without asking for more than the run itself does.
 
@@ -74,22 +55,22 @@ def applicable_contexts(
     condition asks the critic anyway. Others where they run.
     """
     asked = any(CONDITIONS[name].critic for name in conditions)
-    has_rules = subject.task is not None and getattr(subject.task, "has_rules", True)
+    has_rules = solver.task is not None and getattr(solver.task, "has_rules", True)
     applies = {
         "reference": all(prompt.solution is not None for prompt in prompts),
-        "critique": asked or (subject.config.critic.kind == "rule" and has_rules),
+        "critique": asked or (solver.config.critic.kind == "rule" and has_rules),
     }
     taught = [name for name, condition in CONDITIONS.items() if condition.context]
     return [name for name in taught if applies.get(name, name in conditions)]
 
 
-def held_out_rollouts(subject: Subject, prompts: Sequence[Prompt]) -> list[Rollout]:
+def held_out_rollouts(solver: Solver, prompts: Sequence[Prompt]) -> list[Rollout]:
     """report.samples scored responses to each prompt, in whole groups."""
-    config = subject.config
-    rollouts = subject.sampler.sample(
+    config = solver.config
+    rollouts = solver.sampler.sample(
         list(prompts), config.report.samples, key=(config.eval.seed, 1)
     )
-    rewards = score_rollouts(subject.reward, rollouts)
+    rewards = score_rollouts(solver.reward, rollouts)
     return [replace(r, reward=value) for r, value in zip(rollouts, rewards, strict=True)]
 
 
@@ -112,7 +93,7 @@ def localise(
 
 
 def measure(
-    subject: Subject, rollouts: Sequence[Rollout], contexts: Sequence[str], alternatives: int
+    solver: Solver, rollouts: Sequence[Rollout], contexts: Sequence[str], alternatives: int
 ) -> list[TokenView]:
     """One view per rollout and context, the policy being its own teacher: the contexts of the first
     rollout, then of the next. rollouts: scored, whole groups in order. alternatives: how many of
@@ -123,16 +104,16 @@ def measure(
     critiques: list[Feedback | None] = [None] * len(rollouts)
     feedback, numbers = {}, {}
     for name in contexts:
-        given = _feedback(subject, rollouts, name)
+        given = _feedback(solver, rollouts, name)
         if CONDITIONS[name].critic:
             critiques = list(given)
-        template = getattr(subject.config.prompt, CONDITIONS[name].template or "")
-        samples = make_samples(subject.renderer, template, rollouts, given)
+        template = getattr(solver.config.prompt, CONDITIONS[name].template or "")
+        samples = make_samples(solver.renderer, template, rollouts, given)
         feedback[name] = [_as_shown(f, s) for f, s in zip(given, samples, strict=True)]
-        numbers[name] = token_statistics(subject.policy, subject.config, samples, alternatives)
+        numbers[name] = token_statistics(solver.policy, solver.config, samples, alternatives)
     views = []
     for index, rollout in enumerate(rollouts):
-        shared = _shared_fields(subject, rollout, critiques[index])
+        shared = _shared_fields(solver, rollout, critiques[index])
         for name in contexts:
             shown = feedback[name][index]
             own = {"feedback": shown.text, "problem": shown.problem, **vars(numbers[name][index])}
@@ -140,10 +121,10 @@ def measure(
     return views
 
 
-def _shared_fields(subject: Subject, rollout: Rollout, critique: Feedback | None) -> dict[str, Any]:
+def _shared_fields(solver: Solver, rollout: Rollout, critique: Feedback | None) -> dict[str, Any]:
     """What the views of a rollout have in common."""
-    steps = marked_steps(subject.task, rollout, critique)
-    tokenizer = subject.policy.tokenizer
+    steps = marked_steps(solver.task, rollout, critique)
+    tokenizer = solver.policy.tokenizer
     return {
         "prompt_id": rollout.prompt.id,
         "sample": rollout.sample,
@@ -175,10 +156,10 @@ def marked_steps(
     return tuple(Step(step.start, step.end, k < right) for k, step in enumerate(parsed))
 
 
-def _feedback(subject: Subject, rollouts: Sequence[Rollout], name: str) -> list[Feedback]:
+def _feedback(solver: Solver, rollouts: Sequence[Rollout], name: str) -> list[Feedback]:
     condition = CONDITIONS[name]
     assert condition.context
-    return condition.context(rollouts, subject.critic if condition.critic else None)
+    return condition.context(rollouts, solver.critic if condition.critic else None)
 
 
 def _as_shown(given: Feedback, sample: Sample) -> Feedback:
