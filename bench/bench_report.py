@@ -23,8 +23,8 @@ import torch
 
 from bench import measure
 from fastsd.evaluation.views import FILE, write_views
-from fastsd.report import write_report
-from fastsd.run_folder import MetricsWriter
+from fastsd.records.folder import MetricsWriter
+from fastsd.reporting.report import write_report
 from tests.browser import chromium, missing
 from tests.token_views import random_views
 

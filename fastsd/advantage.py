@@ -207,7 +207,7 @@ def _write_page(
     places: Mapping[str, Localisation],
 ) -> None:
     from fastsd.evaluation.views import choose_rollouts
-    from fastsd.report_tokens import write_token_page
+    from fastsd.reporting.tokens import write_token_page
 
     request.out.parent.mkdir(parents=True, exist_ok=True)
     shown = choose_rollouts(views, config.report.rollouts)

@@ -19,11 +19,11 @@ from fastsd.config.load import Invocation
 from fastsd.errors import FastsdError
 from fastsd.preflight import check_prompts
 from fastsd.recorder import Recorder, implementations, run_dir_of
-from fastsd.run_folder import append_evaluation, read_evaluations, read_json
+from fastsd.records.folder import append_evaluation, read_evaluations, read_json
+from fastsd.records.trackers import require_packages
 from fastsd.runtime.files import replace_text
 from fastsd.runtime.world import open_world
 from fastsd.session import Session, refuse_used_folder
-from fastsd.trackers import require_packages
 
 if TYPE_CHECKING:
     from fastsd.config import Config
@@ -35,7 +35,7 @@ _LOCALISATION = "localisation.json"
 
 def run_experiment(invocation: Invocation) -> None:
     """Runs everything the invocation asks for, prints the table, writes summary and report."""
-    from fastsd.report import write_report
+    from fastsd.reporting.report import write_report
 
     config, start = invocation.config, time.perf_counter()
     world = open_world(config.parallel.timeout_s, config.device)
@@ -67,7 +67,7 @@ def run_experiment(invocation: Invocation) -> None:
 
 def _report_early_end(run_dir: Path) -> None:
     """The page of a run that ends before its time: what led there stands on it."""
-    from fastsd.report import write_report
+    from fastsd.reporting.report import write_report
 
     try:
         print(f"report: {write_report(run_dir)}", flush=True)
@@ -144,9 +144,9 @@ def _localisation(
 def _measure(session: Session, run_dir: Path, conditions: list[str]) -> None:
     """Where each context presses: figures, the rollouts that the report shows, localisation.json
     last, because a resumed run takes it for the whole."""
-    from fastsd.advantage_plots import write_figures
     from fastsd.evaluation.measure import measure_localisation
     from fastsd.evaluation.views import FILE, choose_rollouts, write_views
+    from fastsd.reporting.advantage_figures import write_figures
 
     views, measured = measure_localisation(session, conditions)
     if views:
@@ -164,7 +164,7 @@ def _read_localisation(path: Path) -> dict[str, Localisation]:
 
 def _run_child(config: Config, run_dir: Path, base: EvalResult) -> EvalResult:
     from fastsd.checkpoint import checkpoints
-    from fastsd.model_card import write_model_card
+    from fastsd.reporting.model_card import write_model_card
     from fastsd.train import train
 
     world = open_world(config.parallel.timeout_s, config.device)

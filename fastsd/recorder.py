@@ -15,12 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd import __version__
-from fastsd.completions_table import completions_table, plain_completions, sample_rows
 from fastsd.config import dump_toml
 from fastsd.errors import CheckpointError, FastsdError, Interrupted, RankLost
-from fastsd.run_folder import CompletionRow, MetricsWriter, write_completions
+from fastsd.records.completions import (
+    CompletionRow,
+    completions_table,
+    plain_completions,
+    sample_rows,
+    write_completions,
+)
+from fastsd.records.folder import MetricsWriter
+from fastsd.records.trackers import Tracker, open_trackers
 from fastsd.runtime.files import replace_text
-from fastsd.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from fastsd.loss import StepStatistics

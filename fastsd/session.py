@@ -34,8 +34,8 @@ from fastsd.parallel.placement import place_weights, refuse_ranks
 from fastsd.preflight import check_prompts
 from fastsd.prompts.samples import make_samples
 from fastsd.prompts.sources import required_fields
+from fastsd.records.folder import append_evaluation, read_evaluations
 from fastsd.rewards.functions import group_advantages, score_rollouts
-from fastsd.run_folder import append_evaluation, read_evaluations
 from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
 from fastsd.runtime.phases import PhaseClock
 from fastsd.runtime.signals import SignalGate

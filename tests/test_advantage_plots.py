@@ -8,9 +8,15 @@ import xml.etree.ElementTree as ET
 import pytest
 from handmade_views import make_view
 
-from fastsd.advantage_plots import drawings, inline_figures, printable, write_figures
-from fastsd.advantage_profile import distributions, places, profiles, shown_response, wrong_tokens
 from fastsd.evaluation.localisation import Localisation
+from fastsd.reporting.advantage_figures import drawings, inline_figures, printable, write_figures
+from fastsd.reporting.advantage_profile import (
+    distributions,
+    places,
+    profiles,
+    shown_response,
+    wrong_tokens,
+)
 from fastsd.types import Step
 
 RIGHT = {"steps": (Step(0, 5, True),), "reward": 1.0}

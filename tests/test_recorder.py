@@ -10,8 +10,13 @@ import pytest
 from rich.console import Console
 from runs import run_small, small_config
 
-from fastsd.completions_table import completions_table, plain_completions, sample_rows, visible
-from fastsd.run_folder import CompletionRow
+from fastsd.records.completions import (
+    CompletionRow,
+    completions_table,
+    plain_completions,
+    sample_rows,
+    visible,
+)
 from fastsd.types import Prompt, Rollout
 
 # Colours and cursor moves that rich itself writes.

@@ -15,17 +15,17 @@ import pytest
 from fastsd.evaluation.localisation import Localisation, Region
 from fastsd.evaluation.results import EvalResult, tabulate
 from fastsd.evaluation.summary import console_table, plain_table, summarise
-from fastsd.model_card import write_model_card
-from fastsd.report import main, write_report
-from fastsd.run_folder import (
-    CompletionRow,
+from fastsd.records.completions import CompletionRow, write_completions
+from fastsd.records.folder import (
     MetricsWriter,
     RunFolderError,
     append_evaluation,
     read_evaluations,
     read_metrics,
-    write_completions,
 )
+from fastsd.report import main
+from fastsd.reporting.model_card import write_model_card
+from fastsd.reporting.report import write_report
 from fastsd.types import Prompt, Rollout
 
 PAYLOAD = "<script>alert(1)</script>{{7*7}}{% raw %}\"'><img src=http://evil.example/x>$x_1$[b]"

@@ -14,10 +14,10 @@ from test_report_tokens import HOSTILE, WHERE, chunks
 from token_views import chain_sum_views, random_views, view_of
 
 from fastsd.evaluation.views import FILE, write_views
-from fastsd.report import write_report
-from fastsd.report_tokens import write_token_page
+from fastsd.reporting.report import write_report
+from fastsd.reporting.token_data import TAGS
+from fastsd.reporting.tokens import write_token_page
 from fastsd.tasks import load_task
-from fastsd.token_data import TAGS
 from fastsd.types import Step
 
 PANEL = "#token-figures"

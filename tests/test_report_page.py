@@ -8,9 +8,9 @@ import re
 
 from token_views import chain_sum_views
 
-from fastsd import plots
-from fastsd.report_page import escaped, inline_picture
-from fastsd.report_tokens import write_token_page
+from fastsd.reporting import plots
+from fastsd.reporting.page import escaped, inline_picture
+from fastsd.reporting.tokens import write_token_page
 from fastsd.tasks import load_task
 
 

@@ -11,10 +11,11 @@ from token_views import chain_sum_views
 
 from fastsd.evaluation.localisation import Localisation
 from fastsd.evaluation.views import FILE, write_views
-from fastsd.report import main, write_report
-from fastsd.report_curves import intervals, metrics_of, phases, styles_of
-from fastsd.report_runs import comparison, labelled, printable, read_runs
-from fastsd.run_folder import MetricsWriter, RunFolderError, append_evaluation
+from fastsd.records.folder import MetricsWriter, RunFolderError, append_evaluation
+from fastsd.report import main
+from fastsd.reporting.comparison import comparison, labelled, printable, read_runs
+from fastsd.reporting.curves import intervals, metrics_of, phases, styles_of
+from fastsd.reporting.report import write_report
 
 OTHER = result_of([[1, 0], [0, 1]])
 

@@ -14,13 +14,11 @@ import pytest
 from test_report import build_run
 from token_views import CRITIQUE, REFERENCE, chain_sum_views, random_views, view_of
 
-from fastsd import report_tokens
 from fastsd.evaluation.localisation import Localisation, Region
 from fastsd.evaluation.views import FILE, write_views
-from fastsd.report import write_report
-from fastsd.report_tokens import aligned, token_section, write_token_page
-from fastsd.tasks import load_task
-from fastsd.token_data import (
+from fastsd.reporting import tokens
+from fastsd.reporting.report import write_report
+from fastsd.reporting.token_data import (
     DIGITS,
     EDGES,
     NOT_FINITE,
@@ -34,6 +32,8 @@ from fastsd.token_data import (
     levels,
     runs,
 )
+from fastsd.reporting.tokens import aligned, token_section, write_token_page
+from fastsd.tasks import load_task
 from fastsd.types import Step
 
 HOSTILE = (
@@ -93,7 +93,7 @@ class Cells(HTMLParser):
 
 def rows_of(view, task=None, detail=None):
     one = RolloutTokens([view])
-    return str(report_tokens._table_rows(one, view, detail or Detail(), task))
+    return str(tokens._table_rows(one, view, detail or Detail(), task))
 
 
 def test_levels_are_symmetric_and_leave_alone_what_is_weak_or_no_number():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_report import Page, build_run
 
-from fastsd.report import write_report
-from fastsd.report_runs import read_runs
-from fastsd.report_warnings import collapse_signs, left_out, template_notes, warnings_of
-from fastsd.run_folder import MetricsWriter
+from fastsd.records.folder import MetricsWriter
+from fastsd.reporting.comparison import read_runs
+from fastsd.reporting.report import write_report
+from fastsd.reporting.warnings import collapse_signs, left_out, template_notes, warnings_of
 
 HEALTHY = {
     "length/mean": 100.0,

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from runs import run_small, small_config
 
-import fastsd.trackers
+import fastsd.records.trackers
 from fastsd.config.sections import LogConfig
 from fastsd.errors import FastsdError
-from fastsd.trackers import open_trackers
+from fastsd.records.trackers import open_trackers
 
 STEPS = {1: {"loss": 0.5, "reward/mean": 0.25}, 2: {"loss": 0.25, "reward/mean": 0.5}}
 SECRETS = {
@@ -150,8 +150,8 @@ def test_one_that_cannot_start_is_an_error_and_closes_the_others(tmp_path, monke
     def bad(*_):
         raise ValueError("no such project")
 
-    monkeypatch.setattr(fastsd.trackers, "require_packages", lambda config: None)
-    monkeypatch.setattr(fastsd.trackers, "_KINDS", {"tensorboard": Good, "trackio": bad})
+    monkeypatch.setattr(fastsd.records.trackers, "require_packages", lambda config: None)
+    monkeypatch.setattr(fastsd.records.trackers, "_KINDS", {"tensorboard": Good, "trackio": bad})
     with pytest.raises(FastsdError, match="trackio cannot start: ValueError: no such project"):
         open_trackers(LogConfig(trackers=["tensorboard", "trackio"]), tmp_path, "run")
     assert closed == [1]
@@ -175,8 +175,8 @@ class Failing:
 
 
 def test_one_that_fails_says_so_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fastsd.trackers, "require_packages", lambda config: None)
-    monkeypatch.setattr(fastsd.trackers, "_KINDS", {"tensorboard": Failing})
+    monkeypatch.setattr(fastsd.records.trackers, "require_packages", lambda config: None)
+    monkeypatch.setattr(fastsd.records.trackers, "_KINDS", {"tensorboard": Failing})
     monkeypatch.setattr(Failing, "logged", [])
     config = small_config("grpo", optim={"steps": 4}, log={"trackers": ["tensorboard"]})
     run = run_small(config, tmp_path / "run")
@@ -194,7 +194,7 @@ ALL_THREE = """
 import sys
 from pathlib import Path
 from fastsd.config.sections import LogConfig
-from fastsd.trackers import open_trackers
+from fastsd.records.trackers import open_trackers
 kinds = ["tensorboard", "trackio", "wandb"]
 trackers = open_trackers(LogConfig(trackers=kinds), Path(sys.argv[1]), "run")
 for step in range(1, 4):

@@ -18,7 +18,7 @@ from fastsd.config import Config, dump_toml, load_config
 from fastsd.errors import Interrupted
 from fastsd.experiment import run_experiment
 from fastsd.recorder import Recorder
-from fastsd.run_folder import read_evaluations, read_metrics
+from fastsd.records.folder import read_evaluations, read_metrics
 from fastsd.train import train
 
 STEPS = 3

@@ -15,9 +15,9 @@ from fastsd.config.sections import LoraConfig, ModelConfig, PromptConfig, Rollou
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
 from fastsd.recorder import Recorder
+from fastsd.records.folder import read_metrics
 from fastsd.rollout import Sampler
-from fastsd.rollout.sampler import open_sampler
-from fastsd.run_folder import read_metrics
+from fastsd.rollout import open_sampler
 from fastsd.serving.server import RolloutError, RolloutUnavailable
 from fastsd.serving.weights import names_of_head, write_weights
 from fastsd.train import train

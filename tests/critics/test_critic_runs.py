@@ -15,7 +15,8 @@ import fastsd.critics as critics
 from fastsd.config import Config
 from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import CriticUnavailable
-from fastsd.run_folder import read_last_completions, read_metrics
+from fastsd.records.completions import read_last_completions
+from fastsd.records.folder import read_metrics
 from fastsd.serving.cache import Reply
 
 

@@ -24,7 +24,7 @@ from fastsd.config.sections import CriticConfig
 from fastsd.critics.server import ServerWriter
 from fastsd.critics.text import TextCritic
 from fastsd.critics.writer import WriterUnavailable
-from fastsd.run_folder import read_metrics
+from fastsd.records.folder import read_metrics
 from fastsd.serving.cache import Reply
 from fastsd.train import main
 from fastsd.types import Prompt, Rollout

@@ -10,8 +10,8 @@ import pytest
 from fastsd.config.sections import CriticConfig
 from fastsd.critics.replay import ReplayCritic, read_critiques
 from fastsd.prompts.files import DataError
+from fastsd.records.completions import CompletionRow, write_completions
 from fastsd.rewards.functions import exact_reward
-from fastsd.run_folder import CompletionRow, write_completions
 from fastsd.types import Prompt, Rollout
 
 GOOD = "Step 1: 1+2=3\nAnswer: 3"

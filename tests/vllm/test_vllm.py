@@ -15,8 +15,8 @@ from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
 from fastsd.recorder import Recorder
+from fastsd.records.folder import read_metrics
 from fastsd.rollout.vllm import PROBE_TOLERANCE, VllmSampler
-from fastsd.run_folder import read_metrics
 from fastsd.serving.fleet import ask
 from fastsd.serving.server import RolloutError
 from fastsd.train import train

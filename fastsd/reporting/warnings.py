@@ -12,8 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastsd.report_runs import labelled
-from fastsd.run_folder import Run, read_metrics
+from fastsd.records.folder import read_metrics
+from fastsd.reporting.comparison import labelled
+from fastsd.reporting.runs import Run
 
 ENTROPY_LEFT = 0.1  # of the entropy at the start
 LENGTH_LEFT = 0.2  # of the length at the start

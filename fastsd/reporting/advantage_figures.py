@@ -22,7 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastsd.advantage_profile import (
+from fastsd.evaluation.localisation import Localisation
+from fastsd.evaluation.views import TokenView, by_rollout
+from fastsd.reporting.advantage_profile import (
     BINS,
     PLACES,
     distributions,
@@ -31,9 +33,7 @@ from fastsd.advantage_profile import (
     shown_response,
     wrong_tokens,
 )
-from fastsd.evaluation.localisation import Localisation
-from fastsd.evaluation.views import TokenView, by_rollout
-from fastsd.plots import INK, LABEL, OTHER_STYLE, SETTINGS, STYLES, inline_svg
+from fastsd.reporting.plots import INK, LABEL, OTHER_STYLE, SETTINGS, STYLES, inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

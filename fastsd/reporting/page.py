@@ -74,7 +74,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 def _constants() -> dict[str, Any]:
     """What style and script must agree on with the data."""
-    from fastsd import token_data
+    from fastsd.reporting import token_data
 
     tags = {level: token_data.TAGS[level] for level in sorted(token_data.TAGS)}
     return {

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.evaluation.summary import difference_rows, limits_of, score_headers, score_rows
-from fastsd.report_page import environment
-from fastsd.run_folder import Run, RunFolderError, read_run
+from fastsd.records.folder import RunFolderError
+from fastsd.reporting.page import environment
+from fastsd.reporting.runs import Run, read_run
 from fastsd.runtime.files import replace_text
 
 

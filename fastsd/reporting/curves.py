@@ -1,7 +1,7 @@
 """What a run's metrics and evaluations look like: intervals, curves, phase times, tokens saved.
 
-Everything is drawn by `fastsd.plots`; here is what is drawn, and from which metric. Of several
-runs the condition decides a curve's colour and the run its dash.
+Everything is drawn by `plots.py`; here is what is drawn, and from which metric. Of several runs the
+condition decides a curve's colour and the run its dash.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastsd.report_runs import BETWEEN, labelled
-from fastsd.run_folder import Run, read_evaluations, read_metrics
+from fastsd.records.folder import read_evaluations, read_metrics
+from fastsd.reporting.comparison import BETWEEN, labelled
+from fastsd.reporting.runs import Run
 
 # Metric in metrics.jsonl -> title and unit of its panel.
 CURVES = {
@@ -71,7 +72,7 @@ def curves(runs: Mapping[str, Run], metrics: Metrics) -> list[str]:
 
 def styles_of(labels: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Label -> (colour, dash). One run: the conditions' own; several: a dash for each run."""
-    from fastsd.plots import OTHER_STYLE, STYLES
+    from fastsd.reporting.plots import OTHER_STYLE, STYLES
 
     runs = list(dict.fromkeys(label.rpartition(BETWEEN)[0] for label in labels))
     styles = {}
@@ -85,7 +86,7 @@ def styles_of(labels: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[str,
 def _curves(
     name: str, title: str, unit: str, lines: Mapping[str, list], styles: Mapping[str, tuple]
 ) -> str:
-    from fastsd import plots
+    from fastsd.reporting import plots
 
     def draw(axes: Any) -> None:
         for label, seeds in lines.items():
@@ -114,7 +115,7 @@ def _mean_curve(seeds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tup
 
 def intervals(average: str, found: Mapping[str, Sequence[float]]) -> str:
     """One panel: each row's mean and 95 % interval; found: label -> fractions (mean, low, high)."""
-    from fastsd import plots
+    from fastsd.reporting import plots
 
     labels = list(found)
     colors = styles_of(labels)
@@ -180,7 +181,7 @@ def _mean(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> float | No
 
 
 def _stacked(timed: Mapping[str, Mapping[str, float]]) -> str:
-    from fastsd import plots
+    from fastsd.reporting import plots
 
     labels = list(timed)
 

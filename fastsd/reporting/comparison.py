@@ -23,7 +23,8 @@ from fastsd.evaluation.summary import (
     score_headers,
     score_rows,
 )
-from fastsd.run_folder import Run, RunFolderError, read_run
+from fastsd.records.folder import RunFolderError
+from fastsd.reporting.runs import Run, read_run
 
 BETWEEN = " · "
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from fastsd.config.sections import LogConfig
 from fastsd.errors import FastsdError
-from fastsd.run_folder import read_json
+from fastsd.records.folder import read_json
 from fastsd.runtime.files import replace_text
 from fastsd.types import StepMetrics
 

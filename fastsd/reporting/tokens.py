@@ -3,8 +3,8 @@
 A rollout is a block to be opened; in it, for each context, a table: a row for each step of the
 response, with the step of the feedback that has the same number beside it. The coloured text is
 plain HTML and needs no script. Neighbouring tokens of one colour are one element there; a script
-splits them into tokens when the block is opened and shows the numbers that `fastsd.token_data`
-packed, so that a page of 64 rollouts of 2,048 tokens stays below 3 MB.
+splits them into tokens when the block is opened and shows the numbers that `token_data.py` packed,
+so that a page of 64 rollouts of 2,048 tokens stays below 3 MB.
 
 Sign and strength are also in the underline, and a step's place (right, first wrong, after) in
 words: colour carries nothing alone.
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.evaluation.summary import LOCALISATION_HEADERS, localisation_rows
 from fastsd.evaluation.views import TokenView, by_rollout
-from fastsd.report_page import escaped, inline_picture, write_page
+from fastsd.reporting.page import escaped, inline_picture, write_page
+from fastsd.reporting.token_data import EDGES, TAGS, Detail, RolloutTokens, fit, levels, runs
 from fastsd.tasks.steps import parse_steps
-from fastsd.token_data import EDGES, TAGS, Detail, RolloutTokens, fit, levels, runs
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -107,12 +107,12 @@ def localisation_part(
 ) -> dict[str, Any]:
     """What parts.html.j2 shows of it: the table, the bars of its means, and the figures of the
     views, if there are any. localisation: context -> Localisation.to_json()."""
-    from fastsd import plots
     from fastsd.evaluation.localisation import Localisation
+    from fastsd.reporting import plots
 
     figures: list[str] = []
     if views:
-        from fastsd.advantage_plots import inline_figures
+        from fastsd.reporting.advantage_figures import inline_figures
 
         where = {name: Localisation.from_json(dict(one)) for name, one in localisation.items()}
         figures = inline_figures(views, where)
