@@ -36,7 +36,7 @@ from bench.train_step_problem import CONFIGURATIONS, EOS_ID, PAD_ID, Configurati
 from bench.train_step_runs import summary
 from bench.train_step_worker import Worker, allocator_settings
 from fastsd.config import dump_toml
-from fastsd.plan_memory import SLACK
+from fastsd.planning.memory import SLACK
 
 SCRIPT = "bench/bench_plan.py"
 AIM, SMALLEST_SHARE = 0.25, 0.05

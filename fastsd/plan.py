@@ -14,13 +14,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastsd.plan_fleet import Served
-    from fastsd.plan_hardware import Fleet
-    from fastsd.plan_step import Asked, Plan
+    from fastsd.planning.hardware import Fleet
+    from fastsd.planning.step import Asked, Plan
 
 _GIB = 2**30
 
@@ -33,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         from fastsd.conditions import conditions_of
         from fastsd.config import for_condition, load_config
-        from fastsd.plan_hardware import PlanError
-        from fastsd.plan_step import make_plan, refuse_contradictions
+        from fastsd.planning.hardware import PlanError
+        from fastsd.planning.step import make_plan, refuse_contradictions
+        from fastsd.planning.table import render_plan, to_json
 
         asked = _asked(arguments)
         config = load_config(rest).config
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             _print(json.dumps({"plans": [to_json(plan) for plan in plans]}))
         else:
-            _print("\n\n".join(render(plan) for plan in plans))
+            _print("\n\n".join(render_plan(plan) for plan in plans))
         short = next((plan for plan in plans if plan.missing), None)
         if short is not None:
             raise PlanError(_too_large(short))
@@ -72,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Configuration files and flags are those of python -m fastsd.train.",
         allow_abbrev=False,
     )
-    hardware = "COUNTxNAME of fastsd/hardware_table.toml"
+    hardware = "COUNTxNAME of fastsd/planning/hardware_table.toml"
     tokens = {
         "question": "mean tokens of a question's prompt",
         "feedback": "mean tokens that the teacher's prompt adds to it",
@@ -89,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:
-    from fastsd.plan_hardware import PlanError, parse_hardware
-    from fastsd.plan_step import Asked
+    from fastsd.planning.hardware import PlanError, parse_hardware
+    from fastsd.planning.step import Asked
 
     lengths = {
         name: getattr(arguments, name) for name in ("question", "feedback", "response", "critique")
@@ -125,66 +124,6 @@ def _too_large(plan: Plan) -> str:
         f"{plan.capacity / _GIB:.1f} can be used, {plan.missing / _GIB:.1f} too few "
         f"({plan.memory.moment}): {more}"
     )
-
-
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan in plain values; bytes, operations and seconds of one rank."""
-    full = {work.phase: work for work in plan.full}
-    phases = []
-    for work, seconds in zip(plan.works, plan.seconds, strict=True):
-        record = {"phase": work.phase, "tokens": work.tokens, "passes": work.passes}
-        record |= {"flop": work.flop, "bytes": work.bytes, "link_bytes": work.link_bytes}
-        record |= {"seconds": [seconds.low, seconds.high], "limit": seconds.limit}
-        if work.phase in full:
-            other = full[work.phase]
-            record["without_sharing"] = {"flop": other.flop, "bytes": other.bytes}
-        phases.append(record)
-    return {
-        "condition": plan.condition,
-        "hardware": plan.hardware,
-        "ranks": plan.site.ranks,
-        "loss_head": {"layout": plan.site.head, "why": plan.site.why},
-        "model": {
-            name: getattr(plan.model, name)
-            for name in ("name", "parameters", "trainable", "layers", "hidden", "vocabulary")
-        },
-        "lengths": asdict(plan.step.lengths),
-        "questions_a_rank": plan.step.questions,
-        "phases": phases,
-        "step_seconds": [plan.low, plan.high],
-        "memory_bytes": {
-            "peak": plan.memory.peak,
-            "usable": plan.capacity,
-            "without_sharing": plan.full_memory.peak,
-            "moment": plan.memory.moment,
-            "runtime": plan.memory.runtime,
-            **{
-                name: dict(getattr(plan.memory, name))
-                for name in ("resident", "rollouts", "training", "update")
-            },
-        },
-        "largest_micro_batch_tokens": plan.micro_batch,
-        "largest_batch_rows": plan.rows,
-        "servers": [_served_json(served) for served in plan.served],
-        "notes": list(plan.notes),
-        "changes": list(plan.changes),
-    }
-
-
-def _served_json(served: Served) -> dict[str, Any]:
-    names = ("role", "hardware", "servers", "devices", "rows", "tokens_in", "tokens_out")
-    return {name: getattr(served, name) for name in names} | {
-        "seconds": [served.low, served.high],
-        "sync_bytes": served.sync_bytes,
-        "sync_seconds": [served.sync.low, served.sync.high],
-    }
-
-
-def render(plan: Plan) -> str:
-    """The plan for people."""
-    from fastsd.plan_table import render_plan
-
-    return render_plan(plan)
 
 
 if __name__ == "__main__":

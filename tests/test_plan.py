@@ -13,12 +13,12 @@ from tiny_models import build_tiny_llama, build_tiny_qwen3
 from fastsd import plan
 from fastsd.config.sections import ModelConfig
 from fastsd.model.refusals import ModelError
-from fastsd.plan_counts import Use, Work, count_step
-from fastsd.plan_fleet import serve
-from fastsd.plan_hardware import ASSUMED, TABLE, Fleet, PlanError, parse_hardware, table
-from fastsd.plan_model import ModelCounts, count_model
-from fastsd.plan_rows import Lengths, Step
-from fastsd.plan_trace import Product
+from fastsd.planning.counts import Use, Work, count_step
+from fastsd.planning.fleet import serve
+from fastsd.planning.hardware import ASSUMED, TABLE, Fleet, PlanError, parse_hardware, table
+from fastsd.planning.model import ModelCounts, count_model
+from fastsd.planning.rows import Lengths, Step
+from fastsd.planning.trace import Product
 
 AT = Lengths(question=24, feedback=18, response=9, samples=4, longest_response=9)
 STEP = Step(AT, 2, "group", True, 16384, True, 256)
@@ -178,7 +178,7 @@ def test_servers_and_their_critic_are_planned_apart(command, folders):
 
 def test_a_model_that_does_not_fit_says_by_how_much_and_what_to_change(command, monkeypatch):
     small = replace(table()["RTX4090"], memory_gib=3.0)
-    monkeypatch.setattr("fastsd.plan_hardware.table", lambda: {"small": small})
+    monkeypatch.setattr("fastsd.planning.hardware.table", lambda: {"small": small})
     status, out, err = command("--hardware", "4xsmall", rollout__prompts_per_step=2048,
                                optim__micro_batch_tokens=10**9)  # fmt: skip
     assert status == 2

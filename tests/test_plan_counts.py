@@ -15,11 +15,11 @@ from bench.train_step_problem import Lengths as BenchLengths
 from fastsd.config.sections import LoraConfig, ModelConfig, TeacherConfig
 from fastsd.model import load_policy
 from fastsd.model.micro_batches import micro_batches
-from fastsd.plan_counts import count_step
-from fastsd.plan_memory import largest_micro_batch, memory
-from fastsd.plan_model import ModelCounts, count_model
-from fastsd.plan_ranks import Site
-from fastsd.plan_rows import Lengths, Step, group_rows, packs
+from fastsd.planning.counts import count_step
+from fastsd.planning.memory import largest_micro_batch, memory
+from fastsd.planning.model import ModelCounts, count_model
+from fastsd.planning.ranks import Site
+from fastsd.planning.rows import Lengths, Step, group_rows, packs
 from fastsd.runtime.phases import PhaseClock
 from fastsd.teachers.passes import Passes
 from fastsd.teachers.self_teacher import Teacher

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny_models import build_tiny_llama, build_tiny_qwen3
 
-from fastsd import plan_decode_rates
 from fastsd.config.sections import ModelConfig
-from fastsd.plan_clock import Rate, span, times, total
-from fastsd.plan_counts import ADAMW_BYTES, count_step
-from fastsd.plan_decode_rates import Streams, decode_rates
-from fastsd.plan_measure import MeasuredCpu
-from fastsd.plan_model import ModelCounts, count_model
-from fastsd.plan_rates import product_rates, swept_rate
-from fastsd.plan_rows import Lengths, Step
+from fastsd.planning import rollout_rates
+from fastsd.planning.counts import ADAMW_BYTES, count_step
+from fastsd.planning.measured import MeasuredCpu
+from fastsd.planning.model import ModelCounts, count_model
+from fastsd.planning.rollout_rates import Streams, decode_rates
+from fastsd.planning.rows import Lengths, Step
+from fastsd.planning.timing import Rate, span, times, total
+from fastsd.planning.training_rates import product_rates, swept_rate
 
 AT = Lengths(question=24, feedback=18, response=9, samples=4, longest_response=9)
 STEP = Step(AT, 2, "group", True, 16384, True, 256)
@@ -56,7 +56,7 @@ def test_weights_are_read_whole_head_and_all(models):
 
 def test_the_optimizer_is_timed_at_its_own_bytes(models, monkeypatch):
     """Halved counts of bytes would be doubled seconds a byte."""
-    monkeypatch.setattr("fastsd.plan_clock.rate", lambda run, units: (run(), units))
+    monkeypatch.setattr("fastsd.planning.timing.rate", lambda run, units: (run(), units))
     large = replace(models["llama"], trainable=1000)
     assert swept_rate(large)[1] == ADAMW_BYTES * 1000
 
@@ -65,7 +65,7 @@ def test_layers_of_more_operations_take_more_calls(models, monkeypatch):
     def timed(model, rows, dtype, layers):
         return Rate(1.0 + layers, 2.0 + layers)
 
-    monkeypatch.setattr(plan_decode_rates, "_sampler_rate", timed)
+    monkeypatch.setattr(rollout_rates, "_sampler_rate", timed)
     step, layer = decode_rates(models["llama"], 4, torch.float32)
     assert step == Rate(1.0, 2.0) and layer.low == pytest.approx(1.0, rel=0.1)
     _, more = decode_rates(models["qwen3"], 4, torch.float32)  # norms of queries and keys

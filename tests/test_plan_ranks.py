@@ -16,13 +16,13 @@ from tiny_models import build_tiny, build_tiny_llama
 from fastsd.config import Config
 from fastsd.config.sections import LoraConfig, ModelConfig
 from fastsd.errors import FastsdError
-from fastsd.plan_counts import count_step, streams
-from fastsd.plan_hardware import parse_hardware
-from fastsd.plan_memory import memory
-from fastsd.plan_model import ModelCounts, count_model
-from fastsd.plan_ranks import Site, make_site, over_ranks
-from fastsd.plan_rows import Lengths, Step
-from fastsd.plan_step import Asked, Plan, make_plan
+from fastsd.planning.counts import count_step, streams
+from fastsd.planning.hardware import parse_hardware
+from fastsd.planning.memory import memory
+from fastsd.planning.model import ModelCounts, count_model
+from fastsd.planning.ranks import Site, make_site, over_ranks
+from fastsd.planning.rows import Lengths, Step
+from fastsd.planning.step import Asked, Plan, make_plan
 
 AT = {"question": 24, "feedback": 18, "response": 9, "samples": 4}
 LENGTHS = Lengths(**AT, longest_response=9)

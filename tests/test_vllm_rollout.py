@@ -16,8 +16,7 @@ from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
 from fastsd.recorder import Recorder
 from fastsd.records.folder import read_metrics
-from fastsd.rollout import Sampler
-from fastsd.rollout import open_sampler
+from fastsd.rollout import Sampler, open_sampler
 from fastsd.serving.server import RolloutError, RolloutUnavailable
 from fastsd.serving.weights import names_of_head, write_weights
 from fastsd.train import train

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fastsd.plan_model import ModelCounts
-from fastsd.plan_ranks import Site, gathered_each_pass, gathered_once, summed
-from fastsd.plan_rows import Step, packs
+from fastsd.planning.model import ModelCounts
+from fastsd.planning.ranks import Site, gathered_each_pass, gathered_once, summed
+from fastsd.planning.rows import Step, packs
 
 # Freed blocks that nothing later fits into, and the runtime: libraries, CUDA context, NCCL.
 SLACK = 0.10

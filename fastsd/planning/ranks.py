@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 from fastsd.config import Config
 from fastsd.parallel.loss_head import Head, Layout, head_layout
-from fastsd.plan_counts import LogitBytes, Work, head_works
-from fastsd.plan_model import ModelCounts
+from fastsd.planning.counts import LogitBytes, Work, head_works
+from fastsd.planning.model import ModelCounts
 
 # Plain torch over fp32 logits, counted: reads and writes of each operation on them.
 _SPLIT_LOGIT_BYTES = LogitBytes(100, 40)

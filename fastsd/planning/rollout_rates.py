@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fastsd.model import Policy, attention
 from fastsd.model.packed_layers import packed_layers
-from fastsd.plan_clock import MOST_BYTES, MOST_FLOP, Rate, rate, spent, times
-from fastsd.plan_model import ModelCounts
-from fastsd.plan_rows import Step
-from fastsd.plan_trace import trace
+from fastsd.planning.model import ModelCounts
+from fastsd.planning.rows import Step
+from fastsd.planning.timing import MOST_BYTES, MOST_FLOP, Rate, rate, spent, times
+from fastsd.planning.trace import trace
 from fastsd.rollout.decoding import Decoding, Rows
 from fastsd_kernels import PrefixDecodeCache, native_library, sample_from_logits
 from fastsd_kernels.packed_linear import PackedLinear

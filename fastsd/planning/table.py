@@ -1,12 +1,14 @@
-"""A plan as text: tables of phases and of memory, then what follows from them."""
+"""A plan as text (tables of phases and of memory, then what follows from them) and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from fastsd.plan_fleet import Served
-from fastsd.plan_hardware import ASSUMED, Seconds
-from fastsd.plan_step import Plan
+from fastsd.planning.fleet import Served
+from fastsd.planning.hardware import ASSUMED, Seconds
+from fastsd.planning.step import Plan
 
 _GIB = 2**30
 
@@ -137,7 +139,7 @@ def _assumptions(plan: Plan) -> list[str]:
             "round; other programs' share of caches and memory is as it was meanwhile"
         ]
         if here
-        else ["predicted, not measured: data-sheet peaks (fastsd/hardware_table.toml)"]
+        else ["predicted, not measured: data-sheet peaks (fastsd/planning/hardware_table.toml)"]
     )
     said += [] if here else ASSUMED.lines()
     said.append("all responses have the mean length, and every group has a signal")
@@ -169,3 +171,60 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{name}"
     return f"{value:.0f}"
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan in plain values; bytes, operations and seconds of one rank."""
+    return {
+        "condition": plan.condition,
+        "hardware": plan.hardware,
+        "ranks": plan.site.ranks,
+        "loss_head": {"layout": plan.site.head, "why": plan.site.why},
+        "model": {
+            name: getattr(plan.model, name)
+            for name in ("name", "parameters", "trainable", "layers", "hidden", "vocabulary")
+        },
+        "lengths": asdict(plan.step.lengths),
+        "questions_a_rank": plan.step.questions,
+        "phases": _phases_json(plan),
+        "step_seconds": [plan.low, plan.high],
+        "memory_bytes": {
+            "peak": plan.memory.peak,
+            "usable": plan.capacity,
+            "without_sharing": plan.full_memory.peak,
+            "moment": plan.memory.moment,
+            "runtime": plan.memory.runtime,
+            **{
+                name: dict(getattr(plan.memory, name))
+                for name in ("resident", "rollouts", "training", "update")
+            },
+        },
+        "largest_micro_batch_tokens": plan.micro_batch,
+        "largest_batch_rows": plan.rows,
+        "servers": [_served_json(served) for served in plan.served],
+        "notes": list(plan.notes),
+        "changes": list(plan.changes),
+    }
+
+
+def _phases_json(plan: Plan) -> list[dict[str, Any]]:
+    full = {work.phase: work for work in plan.full}
+    phases = []
+    for work, seconds in zip(plan.works, plan.seconds, strict=True):
+        record = {"phase": work.phase, "tokens": work.tokens, "passes": work.passes}
+        record |= {"flop": work.flop, "bytes": work.bytes, "link_bytes": work.link_bytes}
+        record |= {"seconds": [seconds.low, seconds.high], "limit": seconds.limit}
+        if work.phase in full:
+            other = full[work.phase]
+            record["without_sharing"] = {"flop": other.flop, "bytes": other.bytes}
+        phases.append(record)
+    return phases
+
+
+def _served_json(served: Served) -> dict[str, Any]:
+    names = ("role", "hardware", "servers", "devices", "rows", "tokens_in", "tokens_out")
+    return {name: getattr(served, name) for name in names} | {
+        "seconds": [served.low, served.high],
+        "sync_bytes": served.sync_bytes,
+        "sync_seconds": [served.sync.low, served.sync.high],
+    }

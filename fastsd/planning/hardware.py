@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsd.errors import FastsdError
-from fastsd.plan_counts import Work
+from fastsd.planning.counts import Work
 
 TABLE = Path(__file__).with_name("hardware_table.toml")
 

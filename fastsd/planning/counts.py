@@ -1,7 +1,7 @@
 """The work of one optimizer step, counted: operations and bytes by phase and role.
 
-Everything here is arithmetic on rows (`plan_rows.py`) and on what a token costs in the model
-(`plan_model.py`); no machine is in it. A query-key pair costs 4 N H operations a layer forward
+Everything here is arithmetic on rows (`rows.py`) and on what a token costs in the model
+(`model.py`); no machine is in it. A query-key pair costs 4 N H operations a layer forward
 (scores, values) and 10 N H backward (scores again; d weights, d values, d queries, d keys). The
 loss head is four products of 2 D V a response token: logits of both roles, d hidden, d head.
 
@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from fastsd.plan_model import ModelCounts
-from fastsd.plan_rows import Rows, Step, group_rows, packs, pairs
-from fastsd.plan_trace import Pass, Product
+from fastsd.planning.model import ModelCounts
+from fastsd.planning.rows import Rows, Step, group_rows, packs, pairs
+from fastsd.planning.trace import Pass, Product
 
 # Of the in-process sampler (fastsd/rollout/decoding.py).
 _PREFILL_TOKENS = 16384

@@ -17,7 +17,7 @@ from fastsd.config.sections import ModelConfig
 from fastsd.model import attention, facts
 from fastsd.model.loading import model_path, prepare_training
 from fastsd.model.refusals import ModelError, longest_sequence, refuse_unsupported
-from fastsd.plan_trace import Pass, Product, trace
+from fastsd.planning.trace import Pass, Product, trace
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,12 @@ def count_model(config: ModelConfig, dtype: torch.dtype) -> ModelCounts:
     hf_config = read_config(config.name)
     model = _build(hf_config, config, dtype)
     forward, backward, kept = trace(_causal_lm(model), model)
-    kept_layer = kept / hf_config.num_hidden_layers
+    kept_whole = kept
     if config.gradient_checkpointing:
-        plain = _build(
-            hf_config, config.model_copy(update={"gradient_checkpointing": False}), dtype
-        )
-        kept_layer = trace(_causal_lm(plain), plain)[2] / hf_config.num_hidden_layers
+        without = config.model_copy(update={"gradient_checkpointing": False})
+        plain = _build(hf_config, without, dtype)
+        kept_whole = trace(_causal_lm(plain), plain)[2]
     root, root_trainable, largest_layer = _parts(model)
-    heads = hf_config.num_attention_heads
     causal_lm = _causal_lm(model)
     head_VD = causal_lm.get_output_embeddings().weight
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -112,7 +110,7 @@ def count_model(config: ModelConfig, dtype: torch.dtype) -> ModelCounts:
         layers=hf_config.num_hidden_layers,
         hidden=hf_config.hidden_size,
         vocabulary=head_VD.shape[0],
-        heads=heads,
+        heads=hf_config.num_attention_heads,
         kv_heads=facts.kv_heads(hf_config),
         head_dim=facts.head_dim(hf_config),
         longest=longest_sequence(hf_config),
@@ -121,7 +119,7 @@ def count_model(config: ModelConfig, dtype: torch.dtype) -> ModelCounts:
         forward=forward,
         backward=backward,
         kept=kept,
-        kept_layer=kept_layer,
+        kept_layer=kept_whole / hf_config.num_hidden_layers,
     )
 
 

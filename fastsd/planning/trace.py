@@ -6,7 +6,7 @@ how many there are, and what autograd keeps in between. So LoRA, frozen layers, 
 checkpointing, grouped heads and mixtures of experts count as the code that trains them computes
 them, and nothing is fitted.
 
-Attention is not in these counts: it depends on the tree (`plan_rows.py`). What it keeps is.
+Attention is not in these counts: it depends on the tree (`rows.py`). What it keeps is.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A processor has no one rate for matrix products: thin ones are slower, and what decoding reads from
 memory differs from what lies in cache. So every product of each phase is timed in its order
-(`plan_rates.py`), the sampler's weights in theirs (`plan_decode_rates.py`), beside the loss head
+(`training_rates.py`), the sampler's weights in theirs (`rollout_rates.py`), beside the loss head
 over a part of the vocabulary, attention over the group's own tree, AdamW, an elementwise product,
 and layers so narrow that only their calls take time, in a forward and in the sampler's own loop.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastsd.plan_clock import Rate, times, total
-from fastsd.plan_counts import Work
-from fastsd.plan_decode_rates import Streams, decode_attention_rate, decode_rates
-from fastsd.plan_hardware import Seconds
-from fastsd.plan_model import ModelCounts
-from fastsd.plan_rates import (
+from fastsd.planning.counts import Work
+from fastsd.planning.hardware import Seconds
+from fastsd.planning.model import ModelCounts
+from fastsd.planning.rollout_rates import Streams, decode_attention_rate, decode_rates
+from fastsd.planning.rows import Step
+from fastsd.planning.timing import Rate, times, total
+from fastsd.planning.trace import Product
+from fastsd.planning.training_rates import (
     attention_rates,
     head_rate,
     moved_rate,
@@ -25,8 +27,6 @@ from fastsd.plan_rates import (
     product_rates,
     swept_rate,
 )
-from fastsd.plan_rows import Step
-from fastsd.plan_trace import Product
 
 
 @dataclass(frozen=True)

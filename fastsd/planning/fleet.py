@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from fastsd.plan_counts import Work, generation
-from fastsd.plan_hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
-from fastsd.plan_memory import RUNTIME_BYTES
-from fastsd.plan_model import ModelCounts
-from fastsd.plan_rows import Step
+from fastsd.planning.counts import Work, generation
+from fastsd.planning.hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
+from fastsd.planning.memory import RUNTIME_BYTES
+from fastsd.planning.model import ModelCounts
+from fastsd.planning.rows import Step
 
 # Of a fused layer: elements moved a token, in units of the hidden size, and operations.
 _FUSED_MOVES, _FUSED_OPERATIONS = 12, 12

@@ -16,13 +16,13 @@ import torch
 from fastsd.conditions import CONDITIONS, conditions_of
 from fastsd.config import Config
 from fastsd.config.sections import LoraConfig, ModelConfig
-from fastsd.plan_counts import Work, count_step, generation, streams
-from fastsd.plan_fleet import Served, serve
-from fastsd.plan_hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
-from fastsd.plan_memory import Memory, largest_micro_batch, memory, most_rows
-from fastsd.plan_model import ModelCounts, count_model
-from fastsd.plan_ranks import Site, make_site, over_ranks
-from fastsd.plan_rows import Lengths, Step
+from fastsd.planning.counts import Work, count_step, generation, streams
+from fastsd.planning.fleet import Served, serve
+from fastsd.planning.hardware import ASSUMED, Fleet, InPhases, PlanError, Seconds
+from fastsd.planning.memory import Memory, largest_micro_batch, memory, most_rows
+from fastsd.planning.model import ModelCounts, count_model
+from fastsd.planning.ranks import Site, make_site, over_ranks
+from fastsd.planning.rows import Lengths, Step
 from fastsd.runtime import hardware
 
 _GIB = 2**30
@@ -207,7 +207,7 @@ def _timer(
 ) -> Callable[[Work], Seconds]:
     if fleet is not None:
         return fleet.seconds
-    from fastsd.plan_measure import measure_cpu
+    from fastsd.planning.measured import measure_cpu
 
     return measure_cpu(model, step, works, dtype).seconds
 

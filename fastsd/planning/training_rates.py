@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fastsd.model.cpu_linear import onednn_product, takes_onednn
-from fastsd.plan_clock import MOST_BYTES, MOST_FLOP, Rate, rate, span, spent
-from fastsd.plan_counts import ADAMW_BYTES, Use, Work
-from fastsd.plan_model import ModelCounts
-from fastsd.plan_rows import Step
-from fastsd.plan_trace import Product, count_operations
+from fastsd.planning.counts import ADAMW_BYTES, Use, Work
+from fastsd.planning.model import ModelCounts
+from fastsd.planning.rows import Step
+from fastsd.planning.timing import MOST_BYTES, MOST_FLOP, Rate, rate, span, spent
+from fastsd.planning.trace import Product, count_operations
 from fastsd_kernels import PrefixTree, fused_linear_loss, shared_prefix_attention
 
 _CHAIN_FLOP = 2e10
