@@ -5,8 +5,8 @@
 Healthy values are drawn from seven distributions, and each rule counts the updates that it would
 skip, in 10^5: OLMo's, six standard deviations above the mean of the last 128 values, and ours, the
 same in logarithms. Both are computed for all windows at once; on the first values ours must decide
-as `fastsd.guards.SpikeRule` does, or nothing is reported. Scripted collapses, healthy noise and the
-recorded runs are those of tests/test_guards.py.
+as `fastsd.training.guards.SpikeRule` does, or nothing is reported. Scripted collapses, healthy
+noise and the recorded runs are those of tests/test_guards.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from bench import measure
-from fastsd.guards import SpikeRule
+from fastsd.training.guards import SpikeRule
 from tests.test_guards import COLLAPSES, SERIES, collapse, healthy, lognormal, replay
 
 SCRIPT = "bench/bench_guards.py"
@@ -57,7 +57,7 @@ def false_skips(count: int) -> Iterator[dict]:
         ours, rule = skips(np.log(values), LEAST_SPREAD), SpikeRule(WINDOW)
         decided = [rule.judge(SIGMA, value, None) for value in values[:CHECKED].tolist()]
         if decided[WINDOW:] != ours[: len(decided) - WINDOW].tolist():
-            raise RuntimeError(f"{name}: the rule of fastsd.guards decides otherwise")
+            raise RuntimeError(f"{name}: the rule of fastsd.training.guards decides otherwise")
         counted = {"plain": skips(values), "ours": ours}
         yield {"what": "false skips", "case": name, "values": count} | {
             f"{rule}_in_1e5": 1e5 * float(found.mean()) for rule, found in counted.items()

@@ -33,8 +33,9 @@ from bench.train_step_problem import (
 from bench.train_step_worker import Channel, Memory, Meter, serve
 from fastsd.config import Config
 from fastsd.rewards.functions import score_rollouts
-from fastsd.session import Session
 from fastsd.train import update
+from fastsd.training.collect import samples_of
+from fastsd.training.session import Session
 from fastsd.types import Feedback, Prompt, Rollout
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -89,7 +90,7 @@ class Contestant:
             rewards = score_rollouts(self.session.reward, rollouts)
             rollouts = [replace(r, reward=v) for r, v in zip(rollouts, rewards, strict=True)]
             given = [self._feedback(index, at, i) for i in range(at.samples)]
-            samples = self.session.make_samples(rollouts, given)
+            samples = samples_of(self.session, rollouts, given)
         statistics = update(self.session, samples)
         found = self.meter.read() | self.memory.read()
         metrics = statistics.extra

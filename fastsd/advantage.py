@@ -247,3 +247,7 @@ def table(views: Sequence[TokenView], places: Mapping[str, Localisation]) -> str
             named = ", ".join(f"{problem} {count}" for problem, count in problems.most_common())
             text.append(f"{name}: {sum(problems.values())} responses without it ({named})")
     return "\n".join(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,7 @@ from fastsd.types import Prompt
 
 if TYPE_CHECKING:
     from fastsd.config import Config
+    from fastsd.prompts.sources import DataSource
 
 # Batches of so many times the rows decoded at once: the end of one, where rows run dry, is short.
 _ROWS_AHEAD = 4
@@ -134,10 +135,15 @@ def open_filter(config: Config, request: Request) -> tuple[Filter, list[Prompt]]
 
     needs = {"answer": "a question without one cannot be filtered by who solves it"}
     config = answering(config)
-    solver = Solver(config, Path(f"{request.out}.critic"), needs, held_out=False)
-    prompts = solver.train_data.first(_count(config, request.rows), config.seed)
+    prompts: list[Prompt] = []
+
+    def check(source: DataSource) -> None:
+        prompts.extend(source.first(_count(config, request.rows), config.seed))
+        for prompt in prompts:
+            row_of(prompt)
+
+    solver = Solver(config, Path(f"{request.out}.critic"), needs, held_out=False, check=check)
     for prompt in prompts:
-        row_of(prompt)
         solver.renderer.check_question(prompt)
     critic = solver.critic if config.filter.critic_solves else None
     return Filter(config, solver.sampler, solver.reward, critic), prompts

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastsd.config import Config
-    from fastsd.loss import StepStatistics
-    from fastsd.recorder import Recorder
-    from fastsd.session import Session
+    from fastsd.training.recorder import Recorder
+    from fastsd.training.session import Session
+    from fastsd.training.statistics import StepStatistics
     from fastsd.types import Sample
 
 
 def train(config: Config, run_dir: Path, recorder: Recorder) -> None:
     """Trains one condition with one seed into `run_dir`, continuing what is there if asked to."""
-    from fastsd.recorder import Follower
     from fastsd.runtime.agreement import refuse_own_folders
     from fastsd.runtime.world import guarded
-    from fastsd.session import Session
+    from fastsd.training.recorder import Follower
+    from fastsd.training.session import Session
 
     session = Session(config, run_dir)
     recorder = recorder if session.world.leads else Follower(recorder.label)
@@ -53,8 +53,10 @@ def update(
     record: Callable[[Session, StepStatistics], None] = lambda session, statistics: None,
 ) -> StepStatistics:
     """One optimizer step on `samples`. All that a resume needs changes in the last block only."""
-    from fastsd.loss import StepStatistics, TokenWeights, loss_head
+    from fastsd.training.loss import TokenWeights, loss_head
+    from fastsd.training.statistics import StepStatistics
 
+    config, teacher, head = session.config, session.teacher, session.placement.loss_head
     weights = TokenWeights.for_step(samples, session.maker)
     statistics = StepStatistics(samples)
     session.optimizer.zero_grad()
@@ -65,7 +67,7 @@ def update(
             student_TD = passes.student(part)
             teacher_TD = passes.teacher(part, student_TD)
             with session.clock.phase("head", len(student_TD)):
-                out = loss_head(student_TD, teacher_TD, part, weights, session)
+                out = loss_head(student_TD, teacher_TD, part, weights, config, teacher, head)
             with session.clock.phase("student"):
                 session.optimizer.backward(out.loss)
             statistics.add(part, out)
@@ -78,8 +80,8 @@ def update(
     with session.gate.closed():
         with session.clock.phase("optimizer", statistics.tokens):
             stepped = session.optimizer.step()
-            if session.teacher is not None and not stepped["skipped"]:
-                session.teacher.update(session.optimizer.masters)
+            if teacher is not None and not stepped["skipped"]:
+                teacher.update(session.optimizer.masters)
         session.advance()
         statistics.extra = {**stepped, **session.clock.metrics()}
         statistics.extra |= session.guard.observe(session.step, statistics.metrics(), len(samples))
@@ -97,16 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastsd.runtime.world import guarded, left_in_order, open_world
 
     def run() -> None:
+        from fastsd.training.dry_run import dry_run
+        from fastsd.training.experiment import run_experiment
+
         invocation = load_config(sys.argv[1:] if argv is None else list(argv))
         config = invocation.config
         with left_in_order(), guarded():
             world = open_world(config.parallel.timeout_s, config.device)
             refuse_other_start(world, config.model_dump(mode="json"))
             if invocation.dry_run:
-                from fastsd.dry_run import dry_run as work
+                dry_run(invocation, update)
             else:
-                from fastsd.experiment import run_experiment as work
-            work(invocation)
+                run_experiment(invocation, train)
 
     try:
         with one_voice():

@@ -14,12 +14,12 @@ import transformers
 from runs import small_config
 
 from fastsd.errors import FastsdError
-from fastsd.recorder import Recorder
 from fastsd.runtime import agreement
 from fastsd.runtime.agreement import refuse_other_start
 from fastsd.runtime.world import ALONE, open_world
-from fastsd.session import Session
 from fastsd.train import train
+from fastsd.training.recorder import Recorder
+from fastsd.training.session import Session
 
 world = ALONE
 ROWS = {"task": None, "train": "rows.jsonl", "eval": "rows.jsonl"}

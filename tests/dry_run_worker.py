@@ -13,8 +13,9 @@ import os
 from pathlib import Path
 
 from fastsd.config import load_config
-from fastsd.dry_run import dry_run
-from fastsd.session import Session
+from fastsd.train import update
+from fastsd.training.dry_run import dry_run
+from fastsd.training.session import Session
 
 LORA = ("--model.lora.r", "4", "--model.lora.target-modules", "q_proj", "v_proj")
 CASES = {
@@ -40,6 +41,6 @@ def main(folder: Path) -> None:
     for name, flags in CASES.items():
         told[name], text = {}, io.StringIO()
         with contextlib.redirect_stdout(text):
-            dry_run(load_config(list(flags)))
+            dry_run(load_config(list(flags)), update)
         told[name]["text"] = text.getvalue()
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))

@@ -36,13 +36,13 @@ import torch.distributed.device_mesh
 import torch.distributed.fsdp
 from runs import small_config
 
-import fastsd.session  # noqa: F401
+import fastsd.training.session  # noqa: F401
 from fastsd import train as training
 from fastsd.errors import FastsdError, Interrupted
 from fastsd.model import load_policy
-from fastsd.recorder import Recorder
 from fastsd.runtime.world import guarded, leave, left_in_order, open_world
 from fastsd.tasks.chain_sum import questions
+from fastsd.training.recorder import Recorder
 
 CONFIG = small_config(
     "grpo",

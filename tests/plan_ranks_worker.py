@@ -17,8 +17,8 @@ import torch.distributed as dist
 from fastsd.config import Config
 from fastsd.runtime.shards import local
 from fastsd.runtime.world import open_world
-from fastsd.session import Session
 from fastsd.train import update
+from fastsd.training.session import Session
 from fastsd.types import Prompt, Rollout, Sample
 
 

@@ -10,8 +10,8 @@ from fastsd.checkpoint import checkpoints
 from fastsd.config import Config
 from fastsd.config.load import PRESET
 from fastsd.config.schema import deep_merge
-from fastsd.recorder import Recorder
 from fastsd.train import train
+from fastsd.training.recorder import Recorder
 
 SMALL = {
     "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4},

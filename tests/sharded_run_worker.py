@@ -23,10 +23,10 @@ from fastsd import train as training
 from fastsd.checkpoint import checkpoints
 from fastsd.config import Config, ConfigError
 from fastsd.errors import CriticUnavailable, FastsdError, Interrupted
-from fastsd.recorder import Recorder
 from fastsd.runtime.shards import local
 from fastsd.runtime.signals import SignalGate
 from fastsd.runtime.world import ALONE, guarded, open_world
+from fastsd.training.recorder import Recorder
 
 Case = tuple[dict, tuple[str, int] | None]
 world = ALONE

@@ -11,7 +11,7 @@ import torch
 from browser import missing
 
 from bench import bench_guards, bench_gym, bench_prefill, bench_products, bench_report
-from fastsd.guards import SpikeRule
+from fastsd.training.guards import SpikeRule
 
 
 def rows_of(path, capsys) -> tuple[dict, list[dict]]:

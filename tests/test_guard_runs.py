@@ -12,12 +12,12 @@ import pytest
 import torch
 from runs import final_state, losses, run_small, small_config
 
-import fastsd.loss
+import fastsd.training.loss
 from fastsd.checkpoint import checkpoints
 from fastsd.errors import TrainingDiverged
-from fastsd.guards import SIGNS, Collapsed, Guard
-from fastsd.session import Session
 from fastsd.train import update
+from fastsd.training.guards import SIGNS, Collapsed, Guard
+from fastsd.training.session import Session
 
 
 def cut_back(source, target, step):
@@ -62,7 +62,9 @@ def test_a_bad_loss_or_gradient_leaves_weights_moments_and_the_ema_teacher(
 ):
     config = small_config("critique", teacher={"kind": "ema"}, model={"dtype": dtype})
     session, way = Session(config, tmp_path), [0.0, "none"]
-    monkeypatch.setattr("fastsd.loss.loss_head", bad_loss_head(fastsd.loss.loss_head, lambda: way))
+    monkeypatch.setattr(
+        "fastsd.training.loss.loss_head", bad_loss_head(fastsd.training.loss.loss_head, lambda: way)
+    )
     seen = [state_of(session)]
     for bad in (math.nan, math.inf, -math.inf):
         for kind in ("loss", "both"):
@@ -83,14 +85,14 @@ def test_five_bad_losses_stop_with_a_checkpoint_that_goes_on(tmp_path, monkeypat
     config = small_config(
         "critique", teacher={"kind": "ema"}, optim={"steps": 8}, checkpoint={"every": 0}
     )
-    real, calls = fastsd.loss.loss_head, []
+    real, calls = fastsd.training.loss.loss_head, []
 
     def from_the_third():
         calls.append(1)
         return (math.nan, "loss") if len(calls) > 2 else (0.0, "none")
 
     with monkeypatch.context() as patch, pytest.raises(TrainingDiverged, match=r"the loss \(nan\)"):
-        patch.setattr("fastsd.loss.loss_head", bad_loss_head(real, from_the_third))
+        patch.setattr("fastsd.training.loss.loss_head", bad_loss_head(real, from_the_third))
         run_small(config, tmp_path / "run")
     assert TrainingDiverged.exit_code == 4
     [(step, _)] = checkpoints(tmp_path / "run")

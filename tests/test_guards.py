@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastsd.config.sections import GuardConfig
-from fastsd.guards import CollapseAlarm, Guard, SpikeRule
-from fastsd.loss import repeated_share
+from fastsd.training.guards import CollapseAlarm, Guard, SpikeRule
+from fastsd.training.statistics import repeated_share
 
 SERIES = json.loads((Path(__file__).parent / "data" / "metric_series.json").read_text())
 

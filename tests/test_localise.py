@@ -27,8 +27,8 @@ from fastsd.evaluation.measure import (
 )
 from fastsd.evaluation.summary import localisation_rows
 from fastsd.evaluation.views import by_rollout, read_views
-from fastsd.experiment import _measure
-from fastsd.session import Session
+from fastsd.training.experiment import _measure
+from fastsd.training.session import Session
 from fastsd.types import Critique, Feedback, Prompt, Rollout, Step
 
 

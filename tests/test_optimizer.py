@@ -10,7 +10,7 @@ import torch
 
 from fastsd.config.sections import OptimConfig
 from fastsd.errors import CheckpointError, FastsdError, TrainingDiverged
-from fastsd.optimizer import Optimizer, learning_rate
+from fastsd.training.optimizer import Optimizer, learning_rate
 
 
 class Net(torch.nn.Module):
@@ -328,7 +328,7 @@ def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32():
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 1e6])
 def test_a_single_micro_batch_needs_no_fp32_sum(monkeypatch, cast_bytes, max_grad_norm):
     """Cast a few at a time as the weights move, the same bits as cast all at once before."""
-    monkeypatch.setattr("fastsd.optimizer._CAST_BYTES", cast_bytes)
+    monkeypatch.setattr("fastsd.training.optimizer._CAST_BYTES", cast_bytes)
     results = []
     for summed in (False, True):
         torch.manual_seed(0)

@@ -56,7 +56,7 @@ def test_weights_are_read_whole_head_and_all(models):
 
 def test_the_optimizer_is_timed_at_its_own_bytes(models, monkeypatch):
     """Halved counts of bytes would be doubled seconds a byte."""
-    monkeypatch.setattr("fastsd.planning.timing.rate", lambda run, units: (run(), units))
+    monkeypatch.setattr("fastsd.planning.training_rates.rate", lambda run, units: (run(), units))
     large = replace(models["llama"], trainable=1000)
     assert swept_rate(large)[1] == ADAMW_BYTES * 1000
 

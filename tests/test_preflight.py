@@ -12,8 +12,8 @@ from fastsd.config import Config
 from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
 from fastsd.prompts.render import PromptError, PromptRenderer
-from fastsd.session import Session
 from fastsd.train import main, update
+from fastsd.training.session import Session
 from fastsd.types import Prompt, common_prefix
 
 # As some models' templates do, another system text with thinking on.

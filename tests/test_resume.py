@@ -15,8 +15,8 @@ from runs import LORA, final_state, losses, run_small, small_config
 
 from fastsd.checkpoint import checkpoints
 from fastsd.errors import CheckpointError, FastsdError, Interrupted
-from fastsd.optimizer import Optimizer
-from fastsd.session import Session
+from fastsd.training.optimizer import Optimizer
+from fastsd.training.session import Session
 
 CONDITIONS = ("grpo", "reference", "critique")
 TEACHERS = ("live", "ema", "frozen", "adapter_off")

@@ -16,7 +16,7 @@ from fastsd.checkpoint import checkpoints
 from fastsd.config import Config
 from fastsd.errors import CheckpointError
 from fastsd.runtime.world import World
-from fastsd.session import Session
+from fastsd.training.session import Session
 
 STEPS = 2
 

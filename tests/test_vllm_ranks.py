@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny_llama
 from torchrun import finished, torchrun
 
-import fastsd.experiment
+import fastsd.training.experiment
 from fastsd.checkpoint import checkpoints
 from fastsd.config import Config, dump_toml, load_config
 from fastsd.errors import Interrupted
-from fastsd.experiment import run_experiment
-from fastsd.recorder import Recorder
 from fastsd.records.folder import read_evaluations, read_metrics
 from fastsd.train import train
+from fastsd.training.experiment import run_experiment
+from fastsd.training.recorder import Recorder
 
 STEPS = 3
 
@@ -117,9 +117,9 @@ def test_a_run_that_was_stopped_before_its_localisation_goes_on_with_two_ranks(
     def stops(*_):
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(fastsd.experiment, "_measure", stops)
+    monkeypatch.setattr(fastsd.training.experiment, "_measure", stops)
     with pytest.raises(Interrupted):
-        run_experiment(load_config([str(toml)]))
+        run_experiment(load_config([str(toml)]), train)
     assert not (run_dir / "localisation.json").exists()
     [(step, base)] = read_evaluations(run_dir)
     for server in servers:

@@ -9,17 +9,17 @@ import torch
 from fake_vllm import FIXTURES, LETTERS, PROMPTS, open_tiny
 from safetensors.torch import load_file
 
-import fastsd.parallel.loss_head
+import fastsd.parallel.placement
 from fastsd.config import Config
 from fastsd.config.sections import LoraConfig, ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
-from fastsd.recorder import Recorder
 from fastsd.records.folder import read_metrics
 from fastsd.rollout import Sampler, open_sampler
 from fastsd.serving.server import RolloutError, RolloutUnavailable
 from fastsd.serving.weights import names_of_head, write_weights
 from fastsd.train import train
+from fastsd.training.recorder import Recorder
 from fastsd.types import Branch, TokenTree
 from fastsd_kernels import fused_linear_statistics
 
@@ -244,7 +244,7 @@ def test_stale_responses_are_weighed_by_what_they_were_sampled_with(
             logprobs["token_logprobs"] = [v + shift for v in logprobs["token_logprobs"]]
         return reply
 
-    seen, head = [], fastsd.parallel.loss_head.fused_linear_loss
+    seen, head = [], fastsd.parallel.placement.fused_linear_loss
 
     def spy(*args, **options):
         out = head(*args, **options)

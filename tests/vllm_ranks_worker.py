@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fastsd.config import Config
 from fastsd.errors import FastsdError
-from fastsd.recorder import Recorder
 from fastsd.runtime.world import open_world
 from fastsd.train import train
+from fastsd.training.recorder import Recorder
 
 
 def main(config: Config, run_dir: Path) -> None:

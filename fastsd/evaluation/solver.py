@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +18,7 @@ from fastsd.model import Policy, load_policy
 from fastsd.model.loading import model_path
 from fastsd.model.refusals import longest_sequence
 from fastsd.prompts.render import PromptRenderer
-from fastsd.prompts.sources import load_held_out, load_training
+from fastsd.prompts.sources import DataSource, load_held_out, load_training
 from fastsd.rewards.functions import load_reward
 from fastsd.rollout import open_sampler
 from fastsd.runtime import hardware
@@ -42,10 +42,12 @@ class Solver:
         needs: Mapping[str, str] = MappingProxyType({}),
         world: World = ALONE,
         held_out: bool = True,
+        check: Callable[[DataSource], None] = lambda source: None,
     ):
         """folder: where a model critic keeps its replies and servers find the weights. needs:
         fields that no training row may lack, with the reason. held_out: whether the questions to
-        evaluate on are read. Raises FastsdError for whatever cannot be opened."""
+        evaluate on are read. check: raises what else is wrong with the training data, before the
+        model is loaded. Raises FastsdError for whatever cannot be opened."""
         self.config, self.folder = config, folder
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -53,6 +55,7 @@ class Solver:
         dtype = hardware.resolve_dtype(config.model.dtype, device)
         self.task = _open_task(config)
         self.train_data = load_training(config.data, self.task, config.seed, needs)
+        check(self.train_data)
         if held_out:
             self.eval_prompts = load_held_out(config.data, self.task, needs)
         self.reward = load_reward(config.reward, self.task)

@@ -51,6 +51,7 @@ def token_statistics(
     A sample without teacher_ids has the student's only. alternatives: the K likeliest tokens.
     """
     teacher = Teacher(policy, TeacherConfig(kind="live"))
+    index_of = {id(sample): index for index, sample in enumerate(samples)}
     found: dict[int, TokenStatistics] = {}
     for batch in micro_batches(samples, config.optim.micro_batch_tokens):
         passes = Passes(policy, teacher, batch, PhaseClock(policy.device))
@@ -64,9 +65,9 @@ def token_statistics(
                 own = {name: tuple(values[start:stop]) for name, values in columns.items()}
                 if sample.teacher_ids is None:
                     own = {name: own[name] for name in ("student_logprob", "entropy")}
-                found[id(sample)] = TokenStatistics(**own)
+                found[index_of[id(sample)]] = TokenStatistics(**own)
                 start = stop
-    return [found[id(sample)] for sample in samples]
+    return [found[index] for index in range(len(samples))]
 
 
 def top_tokens(

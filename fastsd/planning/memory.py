@@ -33,7 +33,7 @@ _SPLIT_SCRATCH, _SPLIT_TILES = (
     {"cpu": 2.0**28, "gpu": 2.0**30},
     {"cpu": 3 * 2.0**21, "gpu": 3 * 2.0**28},
 )
-# Gradients that are cast to fp32 at once (fastsd/optimizer.py).
+# Gradients that are cast to fp32 at once (fastsd/training/optimizer.py).
 _CAST_BYTES = 64 * 2**20
 
 

@@ -15,17 +15,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastsd.errors import FastsdError
 from fastsd.runtime.world import World
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fastsd.session import Session
-
-QUESTIONS_COMPARED = 64
 # Network file systems may show a new file late.
 SEEN_WITHIN_S = 30.0
 _SOURCES = (".py", ".toml", ".j2", ".jinja")
@@ -40,12 +34,6 @@ def refuse_other_start(world: World, settings: Mapping[str, Any]) -> None:
         return _installation() | dict(_flat(settings))
 
     refuse_differences(world, describe)
-
-
-def refuse_other_inputs(session: Session) -> None:
-    """Raises FastsdError on every rank where one has loaded another model or other questions, or
-    computes in another type. Collective; before the weights are spread."""
-    refuse_differences(session.world, lambda: _inputs(session))
 
 
 def refuse_own_folders(world: World, run_dir: Path) -> None:
@@ -120,7 +108,7 @@ def _code_digest() -> str:
 
     roots = [Path(str(package.__file__)).parent for package in (fastsd, fastsd_kernels)]
     files = [(root.name, path.relative_to(root), path) for root in roots for path in _sources(root)]
-    return _digest(
+    return digest(
         part
         for name, relative, path in sorted(files)
         for part in (f"{name}/{relative.as_posix()}".encode(), path.read_bytes())
@@ -139,49 +127,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def _inputs(session: Session) -> dict[str, Any]:
-    policy, config = session.policy, session.config
-    parameters = dict(policy.model.named_parameters())
-    tokenizer = policy.tokenizer
-    taken = session.train_data.take(0, QUESTIONS_COMPARED, config.seed)
-    held_out = session.eval_prompts(min(config.eval.questions, QUESTIONS_COMPARED))
-    asked = [[p.id, [*map(dict, p.messages)], p.answer, p.solution] for p in [*taken, *held_out]]
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return {
-        "the kind of device": policy.device.type,
-        "the compute type (model.dtype)": str(policy.dtype).removeprefix("torch."),
-        "the number of parameters": sum(p.numel() for p in parameters.values()),
-        "the digest of the weights": _weights_digest(parameters),
-        "the digest of the tokenizer": _json_digest([vocabulary, tokenizer.chat_template]),
-        "the digest of the questions": _json_digest(asked),
-    }
+def json_digest(value: Any) -> str:
+    """Of a JSON value's text."""
+    return digest([json.dumps(value).encode()])
 
 
-def _weights_digest(parameters: Mapping[str, Tensor]) -> str:
-    return _digest(
-        f"{name} {tuple(p.shape)} {p.dtype} {_bit_sum(p)}".encode()
-        for name, p in sorted(parameters.items())
-    )
-
-
-def _bit_sum(tensor: Tensor) -> int:
-    """The sum of its memory as 64-bit words: exact, so the same on every device and thread count,
-    and as fast as memory is."""
-    import torch
-
-    bytes_ = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if bytes_.storage_offset() % 8:  # a view of words must begin at one
-        bytes_ = bytes_.clone()
-    words = len(bytes_) // 8 * 8
-    rest = bytes_[words:].sum(dtype=torch.int64)
-    return int(bytes_[:words].view(torch.int64).sum() + rest)
-
-
-def _json_digest(value: Any) -> str:
-    return _digest([json.dumps(value).encode()])
-
-
-def _digest(parts: Iterable[bytes]) -> str:
+def digest(parts: Iterable[bytes]) -> str:
+    """The first 48 bits of SHA-256 over parts and their lengths, in hexadecimal."""
     found = hashlib.sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 
 from fastsd.config.sections import OptimConfig
 from fastsd.errors import TrainingDiverged
-from fastsd.optimizer import Optimizer
 from fastsd.tasks.author import HINTED_SHARE, Author
 from fastsd.tasks.chain_sum import STEPS, ChainSum, judge
 from fastsd.tasks.char_model import ANSWER, EOS, QUESTION, make_model, make_tokenizer
+from fastsd.training.optimizer import Optimizer
 
 Example = tuple[Sequence[int], Sequence[int]]
 

@@ -33,9 +33,9 @@ def preload() -> None:
     from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
     import fastsd.evaluate  # noqa: F401
-    import fastsd.experiment  # noqa: F401
-    import fastsd.session  # noqa: F401
     import fastsd.train  # noqa: F401
+    import fastsd.training.experiment  # noqa: F401
+    import fastsd.training.session  # noqa: F401
 
     _ = transformers.AutoModelForCausalLM, transformers.PreTrainedTokenizerFast
     torch.set_num_threads(1)

@@ -14,12 +14,12 @@ from fastsd.config import Config
 from fastsd.config.sections import ModelConfig, PromptConfig, RolloutConfig
 from fastsd.model import load_policy
 from fastsd.prompts.render import PromptRenderer
-from fastsd.recorder import Recorder
 from fastsd.records.folder import read_metrics
 from fastsd.rollout.vllm import PROBE_TOLERANCE, VllmSampler
 from fastsd.serving.fleet import ask
 from fastsd.serving.server import RolloutError
 from fastsd.train import train
+from fastsd.training.recorder import Recorder
 from fastsd.types import Prompt
 
 pytestmark = [pytest.mark.vllm]

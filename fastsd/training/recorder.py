@@ -29,8 +29,8 @@ from fastsd.records.trackers import Tracker, open_trackers
 from fastsd.runtime.files import replace_text
 
 if TYPE_CHECKING:
-    from fastsd.loss import StepStatistics
-    from fastsd.session import Session
+    from fastsd.training.session import Session
+    from fastsd.training.statistics import StepStatistics
 
 
 class Recorder:
@@ -180,8 +180,8 @@ def _threads() -> int:
 
 def _rows(statistics: StepStatistics) -> list[CompletionRow]:
     return [
-        CompletionRow(s.rollout, s.advantage, s.feedback.text, statistics.divergence(s))
-        for s in statistics.samples
+        CompletionRow(s.rollout, s.advantage, s.feedback.text, statistics.divergence(index))
+        for index, s in enumerate(statistics.samples)
     ]
 
 

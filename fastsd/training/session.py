@@ -8,43 +8,34 @@ an averaged teacher that is the whole state; all randomness is a function of (se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fastsd.checkpoint import LoadedCheckpoint, load_latest, save_checkpoint
-from fastsd.checkpoint.matches import (
-    binding_settings,
-    parameter_shapes,
-    refuse_other_data,
-    refuse_other_model,
-    refuse_other_settings,
-)
+from fastsd.checkpoint import load_latest, save_checkpoint
 from fastsd.conditions import CONDITIONS
 from fastsd.config import Config
 from fastsd.errors import FastsdError
 from fastsd.evaluation.results import scored_samples, tabulate
 from fastsd.evaluation.solver import Solver
-from fastsd.guards import Guard
-from fastsd.model import Policy
 from fastsd.model.micro_batches import MicroBatch, micro_batches, micro_batches_by_rank
-from fastsd.optimizer import Optimizer
 from fastsd.parallel.placement import place_weights, refuse_ranks
-from fastsd.preflight import check_prompts
-from fastsd.prompts.samples import make_samples
 from fastsd.prompts.sources import required_fields
 from fastsd.records.folder import append_evaluation, read_evaluations
-from fastsd.rewards.functions import group_advantages, score_rollouts
-from fastsd.runtime.agreement import refuse_other_inputs, refuse_other_start
+from fastsd.runtime.agreement import refuse_other_start
+from fastsd.runtime.hardware import resolve_device, resolve_dtype
 from fastsd.runtime.phases import PhaseClock
 from fastsd.runtime.signals import SignalGate
-from fastsd.runtime.world import open_world
+from fastsd.runtime.world import World, open_world
 from fastsd.teachers.passes import Passes
 from fastsd.teachers.self_teacher import Teacher
-from fastsd.training.feedback import dropped_rollouts, feedback_maker
-from fastsd.training.state import sample_from_json, sample_to_json
-from fastsd.types import Feedback, Prompt, Rollout, Sample
+from fastsd.training.collect import collect
+from fastsd.training.feedback import feedback_maker
+from fastsd.training.guards import Guard
+from fastsd.training.optimizer import Optimizer
+from fastsd.training.preflight import check_prompts, refuse_other_inputs
+from fastsd.training.state import load_state, state_of
+from fastsd.types import Sample
 from fastsd_kernels.loss_head import implementation_choice
 
 
@@ -60,8 +51,8 @@ class Session(Solver):
         self.world = open_world(config.parallel.timeout_s, config.device)
         refuse_other_start(self.world, config.model_dump(mode="json"))
         refuse_ranks(config, self.world)
+        self.loss_head = _loss_head(config, self.world)
         super().__init__(config, run_dir, required_fields(config), self.world)
-        self.loss_head = _loss_head(config.loss.impl, self.policy)
         asks = CONDITIONS[config.condition].critic
         self.maker = feedback_maker(config, self.critic if asks else None)
         self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
@@ -87,50 +78,11 @@ class Session(Solver):
     def next_samples(self) -> list[Sample]:
         """Samples for one optimizer step: from the buffer, which a new batch of rollouts fills."""
         if not self.buffer:
-            collected = self._collect()
+            collected = collect(self)
             with self.gate.closed():
                 self.buffer, self.cursor = collected
         groups = self.config.rollout.prompts_per_step
         return self.buffer[: groups * self.config.rollout.samples_per_prompt]
-
-    def _collect(self) -> tuple[list[Sample], int]:
-        rollout = self.config.rollout
-        count = rollout.prompts_per_step * rollout.steps_per_batch
-        prompts = self.train_data.take(self.cursor, count, self.config.seed)
-        with self.clock.phase("rollout"):
-            self.sampler.update_weights(self.step, rollout.max_staleness, self.placement)
-        samples = self.placement.share_out(
-            prompts, rollout.samples_per_prompt, self._roll_out, self.gate
-        )
-        return samples, self.cursor + count
-
-    def _roll_out(self, prompts: list[Prompt]) -> list[Sample]:
-        rollout = self.config.rollout
-        with self.clock.phase("rollout"):
-            rollouts = self.sampler.sample(
-                prompts, rollout.samples_per_prompt, key=(self.config.seed, self.step)
-            )
-        self.clock.note(self.sampler.metrics())
-        tokens = sum(len(r.response_ids) for r in rollouts)
-        with self.clock.phase("rollout", tokens):
-            rewards = score_rollouts(self.reward, rollouts)
-        rollouts = [replace(r, reward=v) for r, v in zip(rollouts, rewards, strict=True)]
-        with self.clock.phase("critic", tokens if self.maker.condition.context else 0):
-            feedback = self.maker(rollouts)
-        return self.make_samples(rollouts, feedback)
-
-    def make_samples(self, rollouts: list[Rollout], feedback: list[Feedback]) -> list[Sample]:
-        """Whole groups of rollouts with their prompts rendered and advantages computed."""
-        size = self.config.rollout.samples_per_prompt
-        dropped = dropped_rollouts(rollouts, feedback, self.config.critic.on_invalid)
-        rewards = [None if gone else r.reward for r, gone in zip(rollouts, dropped, strict=True)]
-        advantages = [
-            advantage
-            for start in range(0, len(rollouts), size)
-            for advantage in group_advantages(rewards[start : start + size])
-        ]
-        template = self.maker.template
-        return make_samples(self.renderer, template, rollouts, feedback, advantages, dropped)
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """What this rank computes of a step's samples."""
@@ -187,19 +139,7 @@ class Session(Solver):
 
     def save(self) -> Path:
         """Writes checkpoint-STEP: a Hugging Face folder plus the exact state of this session."""
-        tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
-        if self.teacher is not None:
-            tensors |= {f"teacher/{k}": v for k, v in self.teacher.state_tensors().items()}
-        tensors["torch_rng"] = torch.get_rng_state()
-        state = {
-            "step": self.step,
-            "cursor": self.cursor,
-            "optimizer": self.optimizer.state_json(),
-            "guard": self.guard.state_json(),
-            "buffer": [sample_to_json(sample) for sample in self.buffer],
-            "config": binding_settings(self.config),
-            "model": parameter_shapes(self.policy.model),
-        }
+        tensors, state = state_of(self)
         with self.gate.closed():
             save_model, keep = self.placement.saver(), self.config.checkpoint.keep
             return save_checkpoint(
@@ -211,42 +151,16 @@ class Session(Solver):
         found = load_latest(self.run_dir, self.world)
         if found is None:
             return False
-        refuse_other_settings(found.path, found.state["config"], self.config)
-        refuse_other_model(found.path, found.state.get("model"), self.policy.model)
-        self.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
-        if self.teacher is not None:
-            self.teacher.load_state_tensors(found.tensors.part("teacher/"))
-        self.guard.load(found.state["guard"])
-        torch.set_rng_state(found.tensors.whole("torch_rng"))
-        self.step, self.cursor = found.state["step"], found.state["cursor"]
-        self.buffer = self._samples_from_json(found)
+        load_state(self, found)
         return True
 
-    def _samples_from_json(self, found: LoadedCheckpoint) -> list[Sample]:
-        records = found.state["buffer"]
-        if not records:
-            return []
-        rollout = self.config.rollout
-        count = rollout.prompts_per_step * rollout.steps_per_batch
-        prompts = self.train_data.take(self.cursor - count, count, self.config.seed)
-        by_id = {prompt.id: prompt for prompt in prompts}
-        refuse_other_data(found.path, records, by_id)
-        return [sample_from_json(record, by_id[record["prompt"]]) for record in records]
 
-
-def _loss_head(impl: str, policy: Policy) -> str:
+def _loss_head(config: Config, world: World) -> str:
     """The loss head that will run; an implementation that is not here is the user's to change."""
+    device = resolve_device(config.device, world.local_rank)
+    dtype = resolve_dtype(config.model.dtype, device)
     try:
-        name, why = implementation_choice(impl, policy.device, policy.dtype)
+        name, why = implementation_choice(config.loss.impl, device, dtype)
     except (RuntimeError, ValueError) as error:
         raise FastsdError(f"loss.impl: {error}") from error
     return f"{name} ({why})"
-
-
-def refuse_used_folder(run_dir: Path) -> None:
-    """A fresh run never writes into an old one's folder."""
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise FastsdError(
-            f"run folder {run_dir} is not empty: continue it with --resume auto, or choose another "
-            "with --run"
-        )

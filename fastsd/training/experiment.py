@@ -10,20 +10,21 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsd.conditions import conditions_of
-from fastsd.config import dump_toml, for_condition
+from fastsd.config import Config, dump_toml, for_condition
 from fastsd.config.load import Invocation
 from fastsd.errors import FastsdError
-from fastsd.preflight import check_prompts
-from fastsd.recorder import Recorder, implementations, run_dir_of
 from fastsd.records.folder import append_evaluation, read_evaluations, read_json
 from fastsd.records.trackers import require_packages
 from fastsd.runtime.files import replace_text
 from fastsd.runtime.world import open_world
-from fastsd.session import Session, refuse_used_folder
+from fastsd.training.preflight import check_prompts
+from fastsd.training.recorder import Recorder, implementations, run_dir_of
+from fastsd.training.session import Session
 
 if TYPE_CHECKING:
     from fastsd.config import Config
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
     from fastsd.evaluation.results import EvalResult
 
 _LOCALISATION = "localisation.json"
+Train = Callable[[Config, Path, Recorder], None]
 
 
-def run_experiment(invocation: Invocation) -> None:
-    """Runs everything the invocation asks for, prints the table, writes summary and report."""
+def run_experiment(invocation: Invocation, train: Train) -> None:
+    """Runs everything the invocation asks for, prints the table, writes summary and report.
+
+    train: one condition with one seed into a folder.
+    """
     from fastsd.reporting.report import write_report
 
     config, start = invocation.config, time.perf_counter()
@@ -50,7 +55,7 @@ def run_experiment(invocation: Invocation) -> None:
     results: dict[str, list[EvalResult]] = {name: [] for name in conditions}
     try:
         for name, seed, child in children:
-            results[name].append(_run_child(child, run_dir / f"{name}-seed{seed}", base))
+            results[name].append(_run_child(train, child, run_dir / f"{name}-seed{seed}", base))
     except FastsdError:
         if world.leads:
             _report_early_end(run_dir)
@@ -162,10 +167,9 @@ def _read_localisation(path: Path) -> dict[str, Localisation]:
     return {name: Localisation.from_json(one) for name, one in read_json(path).items()}
 
 
-def _run_child(config: Config, run_dir: Path, base: EvalResult) -> EvalResult:
+def _run_child(train: Train, config: Config, run_dir: Path, base: EvalResult) -> EvalResult:
     from fastsd.checkpoint import checkpoints
     from fastsd.reporting.model_card import write_model_card
-    from fastsd.train import train
 
     world = open_world(config.parallel.timeout_s, config.device)
     world.lead(lambda: _begin_child(run_dir, base))
@@ -209,3 +213,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
         Console().print(console_table(summary))
     else:
         print(plain_table(summary))
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """A fresh run never writes into an old one's folder."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise FastsdError(
+            f"run folder {run_dir} is not empty: continue it with --resume auto, or choose another "
+            "with --run"
+        )

@@ -9,37 +9,39 @@ those of a rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastsd.conditions import conditions_of
 from fastsd.config import dump_toml, for_condition
 from fastsd.config.load import Invocation
 from fastsd.critics.rule import RuleCritic
-from fastsd.recorder import implementations
 from fastsd.runtime.phases import peak_memory_mib
 from fastsd.runtime.shards import local
-from fastsd.session import Session
-from fastsd.train import update
+from fastsd.training.collect import samples_of
+from fastsd.training.recorder import implementations
+from fastsd.training.session import Session
 from fastsd.types import Feedback, Prompt, Rollout, Sample, common_prefix
 
 PROMPTS_LOOKED_AT = 64
 _MIB = 2**20
+Update = Callable[[Session, Sequence[Sample]], Any]
 
 
-def dry_run(invocation: Invocation) -> None:
-    """Prints the report; raises what a run would raise."""
+def dry_run(invocation: Invocation, update: Update) -> None:
+    """Prints the report; raises what a run would raise. update: one optimizer step on samples."""
     config = invocation.config
     print(f"# resolved configuration: {', '.join(invocation.sources)}")
     print(dump_toml(config))
     for name in conditions_of(config.condition):
         print(f"# condition {name}")
-        _dry_run_condition(Session(for_condition(config, name), Path("dry-run")))
+        _dry_run_condition(Session(for_condition(config, name), Path("dry-run")), update)
     print("dry run: nothing was trained or written")
 
 
-def _dry_run_condition(session: Session) -> None:
+def _dry_run_condition(session: Session, update: Update) -> None:
     for operation, what in implementations(session).items():
         print(f"{operation}: {what}")
     prompts = session.train_data.take(0, PROMPTS_LOOKED_AT, session.config.seed)
@@ -85,7 +87,7 @@ def _longest_sample(session: Session, prompt: Prompt) -> Sample:
     ids = tuple((word * count)[:count])
     logprobs = (-1.0,) * count
     rollout = Rollout(prompt, 0, ids, logprobs, tokenizer.decode(ids), truncated=True, reward=1.0)
-    [sample] = session.make_samples([rollout], [_feedback(session, rollout)])
+    [sample] = samples_of(session, [rollout], [_feedback(session, rollout)])
     return replace(sample, advantage=1.0)
 
 
