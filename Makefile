@@ -20,7 +20,7 @@ train: $(VENV)/installed
 	$(python) -m fastsd.train $(ARGS)
 
 train-smollm2: $(VENV)/installed-smollm2
-	test -d $(smollm2) || $(malloc) $(python) -m fastsd.tasks.smollm2 --out $(smollm2)
+	test -d $(smollm2) || $(malloc) $(python) -m fastsd.pretrain smollm2 --out $(smollm2)
 	$(malloc) $(python) -m fastsd.train examples/smollm2.toml $(ARGS)
 
 test: $(VENV)/installed-dev $(VENV)/browser
@@ -42,6 +42,8 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(python)
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/codespell
 
 format: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check --fix .

@@ -11,9 +11,8 @@ import pytest
 from rows import write_rows
 from tiny_models import build_tiny
 
-from fastsd.data import main
+from fastsd.data import Request, filter_config, main
 from fastsd.evaluation.filter import KEPT, VERDICTS, Filter, FilterError
-from fastsd.filter_command import Request, filter_config
 from fastsd.prompts.files import read_prompts
 from fastsd.tasks import load_task
 

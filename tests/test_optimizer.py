@@ -10,7 +10,8 @@ import torch
 
 from fastsd.config.sections import OptimConfig
 from fastsd.errors import CheckpointError, FastsdError, TrainingDiverged
-from fastsd.training.optimizer import Optimizer, learning_rate
+from fastsd.training.optimizer import Optimizer
+from fastsd.training.schedule import learning_rate
 
 
 class Net(torch.nn.Module):

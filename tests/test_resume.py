@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from runs import LORA, final_state, losses, run_small, small_config
 
+import fastsd.training.session
 from fastsd.checkpoint import checkpoints
 from fastsd.errors import CheckpointError, FastsdError, Interrupted
 from fastsd.training.optimizer import Optimizer
@@ -214,7 +215,7 @@ def test_bad_input_in_the_middle_keeps_the_finished_updates(tmp_path):
     config = small_config("critique", optim={"steps": 3}, checkpoint={"every": 0, "keep": 2})
     whole = run_small(config, tmp_path / "whole")
     run_dir = tmp_path / "run"
-    collect = Session._collect
+    collect = fastsd.training.session.collect
 
     def failing_collect(session):
         if session.step == 2:
@@ -222,7 +223,7 @@ def test_bad_input_in_the_middle_keeps_the_finished_updates(tmp_path):
         return collect(session)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FastsdError, match="too long"):
-        patch.setattr(Session, "_collect", failing_collect)
+        patch.setattr(fastsd.training.session, "collect", failing_collect)
         run_small(config, run_dir)
     assert [step for step, _ in checkpoints(run_dir)] == [2]
     run_small(config.model_copy(update={"resume": "auto"}), run_dir)
@@ -242,6 +243,6 @@ def test_a_second_signal_does_not_break_the_save(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Session, "save", saved_under_fire)
-        patch.setattr(Session, "_collect", interrupted_collect)
+        patch.setattr(fastsd.training.session, "collect", interrupted_collect)
         run_small(config, tmp_path / "run")
     assert checkpoints(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Hard but learnable: which questions are worth training on (`fastsd.filter_command` asks).
+"""Hard but learnable: which questions are worth training on (`fastsd.data` asks).
 
 The solver answers each question filter.samples times. A question stays where it is neither solved
 too often nor, with filter.above, too seldom; where the responses have the form that critiques are

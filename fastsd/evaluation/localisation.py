@@ -219,11 +219,3 @@ def localisation(
             raise LocalisationError(f"rollout {index} has an advantage that is not finite")
         total = total + _localise(*one)
     return total
-
-
-if __name__ == "__main__":
-    import sys
-
-    from fastsd.advantage import main
-
-    sys.exit(main())

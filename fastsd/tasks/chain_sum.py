@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from fastsd.tasks import TaskError, choose
+from fastsd.tasks import TaskError
+from fastsd.tasks.variants import Variants, check_place
 from fastsd.types import Critique, Prompt, Step
 
 DIGITS = "0123456789abcdef"
@@ -108,27 +109,14 @@ def judge(question: str, response: str) -> Iterator[JudgedStep]:
         start = end
 
 
-class ChainSum:
-    """`fastsd.types.Task`.
-
-    critic_variant: "local" judges each step on the attempt's own numbers; "continued" goes on from
-        the corrected total after the first error.
-    reference_phrasing: whose habit the reference solution follows, "other" or the solver's "own".
-    """
+class ChainSum(Variants):
+    """`fastsd.types.Task`, in variants: see `Variants`."""
 
     name = "chain_sum"
 
-    def __init__(self, critic_variant: str = "local", reference_phrasing: str = "other"):
-        variants = ("local", "continued")
-        self.critic_variant = choose("critic.variant", critic_variant, variants)
-        phrasings = ("other", "own")
-        self.reference_phrasing = choose("reference_phrasing", reference_phrasing, phrasings)
-
     def prompt(self, split: str, index: int) -> Prompt:
         """The index-th question; beyond the last one of the split they come round again."""
-        choose("split", split, ("train", "eval"))
-        if index < 0:
-            raise TaskError(f"index {index} of split {split}: it must be 0 or more")
+        check_place(split, index)
         pool = questions(split)
         question = pool[index % len(pool)]
         return Prompt(

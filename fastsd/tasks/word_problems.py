@@ -8,7 +8,8 @@
 A step is `total+addend=value`. The solver writes the running total first (its own phrasing) in nine
 steps of ten; a reference is somebody else's derivation and writes the addend first in nine of ten.
 The critic is a rule: each step of the attempt, verbatim where right, its left side repaired and its
-value corrected where wrong. `fastsd.tasks.word_author` makes the model that has something to learn.
+value corrected where wrong. `fastsd.pretraining.word_author` makes a model that has something to
+learn.
 
 Everything is read back from the text of the question and the response alone; text that cannot be
 read is a wrong step, never an error.
@@ -22,7 +23,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastsd.tasks import TaskError, choose
+from fastsd.tasks import TaskError
+from fastsd.tasks.variants import Variants, check_place
 from fastsd.types import Critique, Prompt, Step
 
 SYSTEM = "Add step by step."
@@ -148,27 +150,14 @@ def write_response(additions: Sequence[Addition]) -> str:
     return f"{as_text(additions)}\nAnswer: {additions[-1].value}"
 
 
-class WordProblems:
-    """`fastsd.types.Task`.
-
-    critic_variant: "local" judges each step on the attempt's own numbers; "continued" goes on from
-        the corrected total after the first error.
-    reference_phrasing: whose habit the reference solution follows, "other" or the solver's "own".
-    """
+class WordProblems(Variants):
+    """`fastsd.types.Task`, in variants: see `Variants`."""
 
     name = "word_problems"
 
-    def __init__(self, critic_variant: str = "local", reference_phrasing: str = "other"):
-        variants = ("local", "continued")
-        self.critic_variant = choose("critic.variant", critic_variant, variants)
-        phrasings = ("other", "own")
-        self.reference_phrasing = choose("reference_phrasing", reference_phrasing, phrasings)
-
     def prompt(self, split: str, index: int) -> Prompt:
         """Question `index` of "train" or "eval": the splits share no triple of numbers."""
-        choose("split", split, ("train", "eval"))
-        if index < 0:
-            raise TaskError(f"index {index} of split {split}: it must be 0 or more")
+        check_place(split, index)
         rng = random.Random(f"{self.name}/{split}/{index}")
         numbers = _draw_numbers(rng, split)
         wording = {"name": rng.choice(_NAMES), "things": rng.choice(_THINGS)}

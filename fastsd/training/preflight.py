@@ -4,34 +4,32 @@ something else."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsd.config import Config
 from fastsd.errors import FastsdError
-from fastsd.evaluation.solver import renderer_for
+from fastsd.evaluation.solver import Solver, renderer_for
 from fastsd.prompts.sources import required_fields
 from fastsd.runtime.agreement import digest, json_digest, refuse_differences
+from fastsd.runtime.world import World
 from fastsd.training.feedback import feedback_maker
 from fastsd.types import Prompt
-
-if TYPE_CHECKING:
-    from fastsd.training.session import Session
 
 QUESTIONS_COMPARED = 64
 
 
-def check_prompts(session: Session, config: Config) -> None:
+def check_prompts(solver: Solver, config: Config) -> None:
     """Raises FastsdError for the prompts that a run under `config` cannot use.
 
     The self-teacher's prompt must begin as the student's does, and every question of the run must
     fit. Feedback needs no check: it is cut to the room that is left.
     """
-    renderer = renderer_for(session.policy, config)
+    renderer = renderer_for(solver.policy, config)
     count = config.optim.steps * config.rollout.prompts_per_step
-    training = session.train_data.take(0, count, config.seed)
+    training = solver.train_data.take(0, count, config.seed)
     template = feedback_maker(config, None).template
     if template is not None:
         renderer.check_template(template, like=training[0])
@@ -39,7 +37,7 @@ def check_prompts(session: Session, config: Config) -> None:
         missing = next((prompt.id for prompt in training if getattr(prompt, field) is None), None)
         if missing is not None:
             raise FastsdError(f"prompt {missing!r} has no {field}, but {why}")
-    for prompt in _distinct([*training, *session.eval_prompts(config.eval.questions)]):
+    for prompt in _distinct([*training, *solver.eval_prompts(config.eval.questions)]):
         renderer.check_question(prompt)
 
 
@@ -48,18 +46,18 @@ def _distinct(prompts: Iterable[Prompt]) -> Iterable[Prompt]:
     return {id(prompt): prompt for prompt in prompts}.values()
 
 
-def refuse_other_inputs(session: Session) -> None:
+def refuse_other_inputs(solver: Solver, world: World) -> None:
     """Raises FastsdError on every rank where one has loaded another model or other questions, or
     computes in another type. Collective; before the weights are spread."""
-    refuse_differences(session.world, lambda: _inputs(session))
+    refuse_differences(world, lambda: _inputs(solver))
 
 
-def _inputs(session: Session) -> dict[str, Any]:
-    policy, config = session.policy, session.config
+def _inputs(solver: Solver) -> dict[str, Any]:
+    policy, config = solver.policy, solver.config
     parameters = dict(policy.model.named_parameters())
     tokenizer = policy.tokenizer
-    taken = session.train_data.take(0, QUESTIONS_COMPARED, config.seed)
-    held_out = session.eval_prompts(min(config.eval.questions, QUESTIONS_COMPARED))
+    taken = solver.train_data.take(0, QUESTIONS_COMPARED, config.seed)
+    held_out = solver.eval_prompts(min(config.eval.questions, QUESTIONS_COMPARED))
     asked = [[p.id, [*map(dict, p.messages)], p.answer, p.solution] for p in [*taken, *held_out]]
     vocabulary = sorted(tokenizer.get_vocab().items())
     return {

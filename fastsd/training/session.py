@@ -10,68 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fastsd.checkpoint import load_latest, save_checkpoint
-from fastsd.conditions import CONDITIONS
-from fastsd.config import Config
-from fastsd.errors import FastsdError
 from fastsd.evaluation.results import scored_samples, tabulate
-from fastsd.evaluation.solver import Solver
 from fastsd.model.micro_batches import MicroBatch, micro_batches, micro_batches_by_rank
-from fastsd.parallel.placement import place_weights, refuse_ranks
-from fastsd.prompts.sources import required_fields
 from fastsd.records.folder import append_evaluation, read_evaluations
-from fastsd.runtime.agreement import refuse_other_start
-from fastsd.runtime.hardware import resolve_device, resolve_dtype
-from fastsd.runtime.phases import PhaseClock
-from fastsd.runtime.signals import SignalGate
-from fastsd.runtime.world import World, open_world
 from fastsd.teachers.passes import Passes
-from fastsd.teachers.self_teacher import Teacher
 from fastsd.training.collect import collect
-from fastsd.training.feedback import feedback_maker
-from fastsd.training.guards import Guard
-from fastsd.training.optimizer import Optimizer
-from fastsd.training.preflight import check_prompts, refuse_other_inputs
+from fastsd.training.parts import Parts
 from fastsd.training.state import load_state, state_of
 from fastsd.types import Sample
-from fastsd_kernels.loss_head import implementation_choice
 
 
-class Session(Solver):
-    """A solver that learns: everything one (condition, seed) run needs.
-
-    Raises FastsdError where it cannot start.
-    """
-
-    def __init__(self, config: Config, run_dir: Path):
-        self.run_dir = run_dir
-        torch.manual_seed(config.seed)
-        self.world = open_world(config.parallel.timeout_s, config.device)
-        refuse_other_start(self.world, config.model_dump(mode="json"))
-        refuse_ranks(config, self.world)
-        self.loss_head = _loss_head(config, self.world)
-        super().__init__(config, run_dir, required_fields(config), self.world)
-        asks = CONDITIONS[config.condition].critic
-        self.maker = feedback_maker(config, self.critic if asks else None)
-        self.teacher = Teacher(self.policy, config.teacher) if self.maker.template else None
-        refuse_other_inputs(self)
-        self.placement = place_weights(config, self.policy, self.teacher, self.world)
-        if self.placement.shards_head:
-            self.loss_head = "sharded by vocabulary"
-        self.guard = Guard(config.guard)
-        self.optimizer = Optimizer(self.policy.model, config.optim, self.guard.is_spike, self.world)
-        self.clock = PhaseClock(self.policy.device)
-        self.gate = SignalGate(self.world)
-        self.step = 0
-        self.cursor = 0
-        self.buffer: list[Sample] = []
-        check_prompts(self, config)
-
-    def where(self) -> str:
-        """The step and phase under way, for a message."""
-        return f" in phase {self.clock.current!r} of update {self.step + 1}"
+class Session(Parts):
+    """A run between two optimizer steps: what it does next, and what is kept of it."""
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -153,14 +104,3 @@ class Session(Solver):
             return False
         load_state(self, found)
         return True
-
-
-def _loss_head(config: Config, world: World) -> str:
-    """The loss head that will run; an implementation that is not here is the user's to change."""
-    device = resolve_device(config.device, world.local_rank)
-    dtype = resolve_dtype(config.model.dtype, device)
-    try:
-        name, why = implementation_choice(config.loss.impl, device, dtype)
-    except (RuntimeError, ValueError) as error:
-        raise FastsdError(f"loss.impl: {error}") from error
-    return f"{name} ({why})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,52 +16,50 @@ from fastsd.checkpoint.matches import (
     refuse_other_model,
     refuse_other_settings,
 )
+from fastsd.training.parts import Parts
 from fastsd.types import Feedback, Prompt, Rollout, Sample
-
-if TYPE_CHECKING:
-    from fastsd.training.session import Session
 
 _OF_FEEDBACK = ("problem", "prefix_share")
 
 
-def state_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def state_of(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, and JSON values, beside the model's own weights."""
-    tensors = {f"optimizer/{k}": v for k, v in session.optimizer.state_tensors().items()}
-    if session.teacher is not None:
-        tensors |= {f"teacher/{k}": v for k, v in session.teacher.state_tensors().items()}
+    tensors = {f"optimizer/{k}": v for k, v in parts.optimizer.state_tensors().items()}
+    if parts.teacher is not None:
+        tensors |= {f"teacher/{k}": v for k, v in parts.teacher.state_tensors().items()}
     tensors["torch_rng"] = torch.get_rng_state()
     return tensors, {
-        "step": session.step,
-        "cursor": session.cursor,
-        "optimizer": session.optimizer.state_json(),
-        "guard": session.guard.state_json(),
-        "buffer": [sample_to_json(sample) for sample in session.buffer],
-        "config": binding_settings(session.config),
-        "model": parameter_shapes(session.policy.model),
+        "step": parts.step,
+        "cursor": parts.cursor,
+        "optimizer": parts.optimizer.state_json(),
+        "guard": parts.guard.state_json(),
+        "buffer": [sample_to_json(sample) for sample in parts.buffer],
+        "config": binding_settings(parts.config),
+        "model": parameter_shapes(parts.policy.model),
     }
 
 
-def load_state(session: Session, found: LoadedCheckpoint) -> None:
+def load_state(parts: Parts, found: LoadedCheckpoint) -> None:
     """The inverse. Raises CheckpointError where the checkpoint is another experiment's."""
-    refuse_other_settings(found.path, found.state["config"], session.config)
-    refuse_other_model(found.path, found.state.get("model"), session.policy.model)
-    session.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
-    if session.teacher is not None:
-        session.teacher.load_state_tensors(found.tensors.part("teacher/"))
-    session.guard.load(found.state["guard"])
+    refuse_other_settings(found.path, found.state["config"], parts.config)
+    refuse_other_model(found.path, found.state.get("model"), parts.policy.model)
+    parts.optimizer.load(found.tensors.part("optimizer/"), found.state["optimizer"])
+    if parts.teacher is not None:
+        parts.teacher.load_state_tensors(found.tensors.part("teacher/"))
+    parts.guard.load(found.state["guard"])
     torch.set_rng_state(found.tensors.whole("torch_rng"))
-    session.step, session.cursor = found.state["step"], found.state["cursor"]
-    session.buffer = _buffer(session, found)
+    parts.step, parts.cursor = found.state["step"], found.state["cursor"]
+    parts.buffer = _buffer(parts, found)
 
 
-def _buffer(session: Session, found: LoadedCheckpoint) -> list[Sample]:
+def _buffer(parts: Parts, found: LoadedCheckpoint) -> list[Sample]:
     """The samples that were rolled out but not yet trained on."""
     records = found.state["buffer"]
     if not records:
         return []
-    rollout = session.config.rollout
+    rollout = parts.config.rollout
     count = rollout.prompts_per_step * rollout.steps_per_batch
-    prompts = session.train_data.take(session.cursor - count, count, session.config.seed)
+    prompts = parts.train_data.take(parts.cursor - count, count, parts.config.seed)
     by_id = {prompt.id: prompt for prompt in prompts}
     refuse_other_data(found.path, records, by_id)
     return [sample_from_json(record, by_id[record["prompt"]]) for record in records]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsd.config import Config
+from fastsd.pretraining.chain_sum_author import Author
 from fastsd.tasks import TaskError, load_task
-from fastsd.tasks.author import Author
 from fastsd.tasks.chain_sum import (
     DIGITS,
     ChainSum,

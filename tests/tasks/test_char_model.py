@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fastsd.tasks.char_model import ALPHABET, SPECIALS, make_tokenizer
+from fastsd.pretraining.char_model import ALPHABET, SPECIALS, make_tokenizer
 
 
 @pytest.fixture(scope="module")

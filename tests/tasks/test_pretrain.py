@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fastsd import pretrain as command
 from fastsd.errors import TrainingDiverged
-from fastsd.tasks import pretrain
-from fastsd.tasks.author import Author
+from fastsd.pretraining import base as pretrain
+from fastsd.pretraining.base import Health, HealthGate, Recipe, completion_loss, fit
+from fastsd.pretraining.chain_sum_author import Author
 from fastsd.tasks.chain_sum import STEP, ChainSum, base_path
-from fastsd.tasks.pretrain import Health, HealthGate, Recipe, completion_loss, fit
 
 BATCH = [([2, 5], [6, 7, 1]), ([2, 5, 9, 8], [1]), ([3], [4, 4, 4, 4, 1])]
 
@@ -141,7 +142,7 @@ def quick_measure(monkeypatch):
 @pytest.mark.usefixtures("quick_measure")
 def test_an_unhealthy_base_is_refused(tmp_path, capsys):
     out = tmp_path / "base"
-    assert pretrain.main(["--out", str(out), "--steps", "1", "--max-seeds", "2"]) == 1
+    assert command.main(["chain_sum", "--out", str(out), "--steps", "1", "--max-seeds", "2"]) == 1
     assert not out.exists()
     captured = capsys.readouterr()
     assert captured.out.count("FAILS the gate") == 2

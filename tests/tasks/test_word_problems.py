@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastsd.pretraining.word_author import CONVICTION, COPY, FOLLOW, HINTED_SHARE, Author
 from fastsd.tasks import TaskError, load_task
-from fastsd.tasks.word_author import CONVICTION, COPY, FOLLOW, HINTED_SHARE, Author
 from fastsd.tasks.word_problems import (
     UNUSUAL_SHARE,
     Addition,

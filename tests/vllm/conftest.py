@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fastsd.tasks.smollm2 import save_plain
+from fastsd.pretraining.smollm2 import save_plain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "smollm2-plain"

