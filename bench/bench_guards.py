@@ -6,7 +6,7 @@ Healthy values are drawn from seven distributions, and each rule counts the upda
 skip, in 10^5: OLMo's, six standard deviations above the mean of the last 128 values, and ours, the
 same in logarithms. Both are computed for all windows at once; on the first values ours must decide
 as `fastsd.training.guards.SpikeRule` does, or nothing is reported. Scripted collapses, healthy
-noise and the recorded runs are those of tests/test_guards.py.
+noise and the recorded runs are those of tests/helpers/metric_series.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from bench import measure
+from bench.common import measure
 from fastsd.training.guards import SpikeRule
-from tests.test_guards import COLLAPSES, SERIES, collapse, healthy, lognormal, replay
+from tests.helpers.metric_series import COLLAPSES, SERIES, collapse, healthy, lognormal, replay
 
 SCRIPT = "bench/bench_guards.py"
 WINDOW, SIGMA, LEAST_SPREAD = 128, 6.0, 0.01

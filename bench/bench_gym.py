@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench import measure
+from bench.common import measure
 from fastsd.tasks import TaskError, gym
 
 SCRIPT = "bench/bench_gym.py"

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from bench import measure
-from bench.cells import Cell, measure_cell, measure_errors
-from bench.contestants import factories
-from bench.problem import OPERATIONS, parse_shape
-from bench.tables import cell_lines, error_lines, peak_text, reason_lines, speedup_lines
+from bench.common import measure
+from bench.common.cells import Cell, measure_cell, measure_errors
+from bench.common.contestants import factories
+from bench.common.problem import OPERATIONS, parse_shape
+from bench.common.tables import cell_lines, error_lines, peak_text, reason_lines, speedup_lines
 from fastsd_kernels.loss_head import implementation_name
 
 SCRIPT = "bench/bench_loss_head.py"

@@ -29,12 +29,12 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from bench import measure
-from bench.train_step_fastsd import _config
-from bench.train_step_model import save_model
-from bench.train_step_problem import CONFIGURATIONS, EOS_ID, PAD_ID, Configuration, Lengths
-from bench.train_step_runs import summary
-from bench.train_step_worker import Worker, allocator_settings
+from bench.common import measure
+from bench.train_step.fastsd import _config
+from bench.train_step.model import save_model
+from bench.train_step.problem import CONFIGURATIONS, EOS_ID, PAD_ID, Configuration, Lengths
+from bench.train_step.runs import summary
+from bench.train_step.worker import Worker, allocator_settings
 from fastsd.config import dump_toml
 from fastsd.planning.memory import SLACK
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import measure
-from bench.train_step_model import save_model
-from bench.train_step_problem import CONFIGURATIONS, SPECIAL
+from bench.common import measure
+from bench.train_step.model import save_model
+from bench.train_step.problem import CONFIGURATIONS, SPECIAL
 from fastsd.config.sections import ModelConfig
 from fastsd.model import Policy, load_policy
 from fastsd.model.packed_layers import packed_layers

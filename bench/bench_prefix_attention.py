@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import measure
+from bench.common import measure
 from fastsd_kernels import PrefixTree, shared_prefix_attention
 from fastsd_kernels.testing import relative_error
 

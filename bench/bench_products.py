@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import measure
+from bench.common import measure
 from fastsd.model.cpu_linear import onednn_product
 from fastsd_kernels import PackedLinear, sample_from_logits
 

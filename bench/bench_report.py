@@ -3,9 +3,9 @@
     python -m bench.bench_report [RUN ...] [--rollouts 64] [--tokens 2048] [--json PATH]
 
 Without a run folder the page is that of random rollouts, each under two contexts (the noise of
-tests/token_views.py, which nothing compresses). Loading is wall time in Debian's Chromium from the
-request to the load event, ready the time until the script has made tokens of the first response,
-median of the visits in one browser; without Chromium the page is measured alone.
+tests/helpers/token_views.py, which nothing compresses). Loading is wall time in Debian's Chromium
+from the request to the load event, ready the time until the script has made tokens of the first
+response, median of the visits in one browser; without Chromium the page is measured alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench.common import measure
 from fastsd.evaluation.views import FILE, write_views
 from fastsd.records.folder import MetricsWriter
 from fastsd.reporting.report import write_report
-from tests.browser import chromium, missing
-from tests.token_views import random_views
+from tests.helpers.browser import chromium, missing
+from tests.helpers.token_views import random_views
 
 SCRIPT = "bench/bench_report.py"
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from bench import measure
-from bench.train_step_model import tokenizer
+from bench.common import measure
+from bench.train_step.model import tokenizer
 
 LAYOUTS = ("gathered", "sharded")
 

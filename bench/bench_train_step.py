@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
-from bench import measure
-from bench.train_step_model import save_model
-from bench.train_step_names import FLOPS, GENERATION, STEPS, STEPS_ELSE, parse_groups
-from bench.train_step_plot import plot
-from bench.train_step_problem import CONFIGURATIONS
-from bench.train_step_report import report
-from bench.train_step_runs import Row, Setup, generation, scaling, sharing, steps
-from bench.train_step_worker import allocator_settings
+from bench.common import measure
+from bench.train_step.model import save_model
+from bench.train_step.names import FLOPS, GENERATION, STEPS, STEPS_ELSE, parse_groups
+from bench.train_step.plot import plot
+from bench.train_step.problem import CONFIGURATIONS
+from bench.train_step.report import report
+from bench.train_step.runs import Row, Setup, generation, scaling, sharing, steps
+from bench.train_step.worker import allocator_settings
 
 SCRIPT = "bench/bench_train_step.py"
 TINY_GEMM = 256

@@ -40,7 +40,7 @@ from transformers.utils import logging
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from bench import measure
+from bench.common import measure
 from fastsd_kernels.adapters.trl import FusedLossHead
 from fastsd_kernels.testing import relative_error
 

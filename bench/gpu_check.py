@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from bench import measure
-from bench.cells import Cell, measure_cell
-from bench.problem import make_problem, ours, parse_shape
-from bench.tables import cell_lines, reason_lines, speedup_lines
+from bench.common import measure
+from bench.common.cells import Cell, measure_cell
+from bench.common.problem import make_problem, ours, parse_shape
+from bench.common.tables import cell_lines, reason_lines, speedup_lines
 
 SCRIPT = "bench/gpu_check.py"
 SHAPES = "8192x4096x151936,16384x2048x151936"

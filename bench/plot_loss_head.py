@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from bench.problem import OURS
+from bench.common.problem import OURS
 
 Lines = dict[str, list[dict]]
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import final_state, losses, run_small
+from small_runs import final_state, losses, run_small
 from tiny_models import build_tiny_llama
 
 import fastsd.critics as critics

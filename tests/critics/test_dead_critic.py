@@ -13,9 +13,10 @@ import zlib
 from pathlib import Path
 
 import pytest
-from critics.fault_server import FAULTS, MODEL, FaultServer
-from critics.server_critics import ask, writer
-from runs import losses
+from fault_server import FAULTS, MODEL, FaultServer
+from places import ROOT
+from server_critics import ask, writer
+from small_runs import losses
 from tiny_models import build_tiny_llama
 
 from fastsd.checkpoint import checkpoints
@@ -30,7 +31,6 @@ from fastsd.train import main
 from fastsd.types import Prompt, Rollout
 
 KEY = "sk-planted-51ab"
-ROOT = Path(__file__).parents[2]
 
 
 # -- three in a row -------------------------------------------------------------------------------

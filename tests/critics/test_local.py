@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import small_config
+from small_runs import small_config
 from tiny_models import build_tiny
 
 from fastsd.config.sections import CriticConfig

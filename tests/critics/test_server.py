@@ -13,8 +13,8 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from critics.fault_server import FAULTS, MODEL, RETRY_AFTER_S, WRONG_STEPS, FaultServer, completion
-from critics.server_critics import ask, first, named, writer
+from fault_server import FAULTS, MODEL, RETRY_AFTER_S, WRONG_STEPS, FaultServer, completion
+from server_critics import ask, first, named, writer
 
 from fastsd.critics.server import _pause
 from fastsd.critics.writer import WriterUnavailable

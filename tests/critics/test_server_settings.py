@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-from critics.fault_server import MODEL, FaultServer
-from critics.server_critics import ask, named, writer
+from fault_server import MODEL, FaultServer
+from server_critics import ask, named, writer
 
 from fastsd.critics.writer import WriterUnavailable
 from fastsd.errors import FastsdError

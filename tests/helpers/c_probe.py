@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "csrc" / "fastsd_native.h"
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo")
 SETS = ("avx512_bf16", "avx512", "avx2", "scalar")
 
@@ -25,7 +25,7 @@ except RuntimeError as error:
 
 
 def run(instruction_set: str, *command: str) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests" / "helpers")])
     env = {**os.environ, "FASTSD_CPU_ISA": instruction_set, "PYTHONPATH": paths}
     return subprocess.run(
         [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+
+from places import ROOT
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -16,7 +17,6 @@ import fastsd_kernels
 from fastsd_kernels.adapters.hidden_states import hidden_states
 from fastsd_kernels.testing import FP32_ERROR, relative_error
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "kernels" / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

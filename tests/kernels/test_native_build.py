@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from c_probe import HEADER, needs_compiler, output, printed
+from places import ROOT
 
 from fastsd_kernels import fused_linear_loss, native_library
 from fastsd_kernels.loss_head import implementation_choice
 from fastsd_kernels.testing import loss_head_inputs
-
-ROOT = Path(__file__).parents[2]
 
 
 def needs(tool: str):

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from fastsd_kernels.native_library import instruction_set
 
-ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*.cpp"))
 DRIVERS = {
     name: Path(__file__).with_name(f"{name}.cpp")

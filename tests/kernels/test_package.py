@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import fastsd_kernels
-
-ROOT = Path(__file__).parents[2]
 
 PROBE = """
 import sys, time

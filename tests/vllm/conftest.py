@@ -16,10 +16,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from places import ROOT as REPOSITORY
 
 from fastsd.pretraining.smollm2 import save_plain
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "smollm2-plain"
 NAME = "smol"
 MAX_MODEL_LEN = 1024

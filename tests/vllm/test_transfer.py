@@ -12,13 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from places import ROOT
 
 from fastsd.rollout.vllm import PROBE_TOLERANCE
 
 pytestmark = [pytest.mark.vllm]
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="module")

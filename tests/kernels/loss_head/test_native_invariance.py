@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 from fastsd_kernels import fused_linear_loss, fused_linear_statistics, native_library
 from fastsd_kernels.loss_head.native import sweeps as native
 from fastsd_kernels.testing import loss_head_inputs, relative_error
 
-ROOT = Path(__file__).parents[3]
 SHAPE = (61, 24, 2100)  # two segments of columns with AVX-512
 BY_ROW = ("student_TD", "teacher_TD", "target_T", "divergence_weight_T", "policy_weight_T",
           "old_logprob_T", "entropy_weight_T")  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 pytest.importorskip("triton")
 
@@ -20,7 +21,6 @@ from fastsd_kernels import fused_linear_loss
 from fastsd_kernels.loss_head.triton import fused
 from fastsd_kernels.testing import loss_head_inputs
 
-ROOT = Path(__file__).parents[3]
 FILES = tuple(f"test_fused{part}.py" for part in ("", "_rows", "_memory", "_low_memory"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 pytest.importorskip("triton")
 
@@ -24,8 +25,6 @@ from fastsd_kernels.loss_head.triton.configs import (
     tile_config,
 )
 from fastsd_kernels.testing import loss_head_inputs
-
-ROOT = Path(__file__).parents[3]
 
 
 def run_interpreted(marker: str, cache: Path) -> None:
