@@ -1,7 +1,8 @@
-"""The tree of settings: TOML files and flags in, one checked `Config` out.
+"""The tree of settings. A setting is added in `sections`.
 
-Other rooms also import `sections` (one class a section), `checked` (what a condition runs under),
-`flags`, `schema` and `load` (errors with file and line). A setting is added in `sections`.
+In: TOML files and flags. Out: `load_config`, one checked `Config`. Other rooms also use `sections`
+(one class a section), `checked` (what a condition runs under), `flags`, `schema` and `load` (errors
+with file and line).
 """
 
 from fastsd.config.checked import Config

@@ -1,6 +1,8 @@
-"""Critics: who writes the feedback. `open_critic` makes the one that a configuration names.
+"""Critics: who writes the feedback. Add a critic here.
 
-A critic is frozen, answers greedily, gives one critique per rollout, and never sets the reward.
+In: a configuration and its task. Out: `open_critic`, whose critic is frozen, answers greedily,
+gives one critique per rollout, and never sets the reward. Other rooms also use `rule` and `text`
+(critics by rule, and by any model).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Prompts to responses: sampled in this process, or drawn from vLLM servers. Add an engine here.
 
 In: a policy, a renderer, prompts. Out: `Sampler` and `open_sampler`; `vllm` is another engine
-behind the same methods. Other rooms also use `decode_steps` (measured for plans).
+behind the same methods. Other rooms also use `decode_steps` and `decoding` (measured for
+plans).
 """
 
 from __future__ import annotations

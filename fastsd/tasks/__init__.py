@@ -1,7 +1,9 @@
-"""Procedural tasks with checkable steps, by name.
+"""Procedural tasks with checkable steps, by name. Add a task here.
 
-A task makes questions, checks answers, judges steps and writes rule-based critiques
-(`fastsd.types.Task`). Tasks are imported only when asked for, so that naming one costs nothing.
+In: a name and options. Out: `load_task`: a `fastsd.types.Task` makes questions, checks answers,
+judges steps and writes rule-based critiques. Tasks are imported only when asked for, so that naming
+one costs nothing. Other rooms also use `answers` and `steps` (how any response is read), and
+the bases made for them `chain_sum` and `word_problems`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Who teaches, and the forward passes of student and teacher. Add a teacher here.
 
-In: a policy, micro-batches. Out: `self_teacher.Teacher` (the live, averaged or frozen model) and
-`passes.Passes`, hidden states of both over a micro-batch, what they share computed once.
+In: a policy, micro-batches. Out: `self_teacher` (the live, averaged or frozen model) and `passes`,
+hidden states of both over a micro-batch, what they share computed once.
 """
