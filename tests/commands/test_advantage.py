@@ -128,7 +128,7 @@ def test_a_dead_critic_ends_with_three(capsys, tmp_path, model, monkeypatch):
         def critique(self, rollouts):
             raise CriticUnavailable("the critic at http://127.0.0.1:9 does not answer")
 
-    monkeypatch.setattr("fastsd.critics.open_critic", lambda *_, **__: Dead())
+    monkeypatch.setattr("fastsd.evaluation.solver.open_critic", lambda *_, **__: Dead())
     critic = [
         "--critic.kind",
         "server",

@@ -20,9 +20,9 @@ TOP_LEVEL = (
 )
 
 
-def run(*command: object, cwd: Path = ROOT, path: str = "") -> str:
+def run(*command: object, cwd: Path = ROOT, path: str = "", **variables: str) -> str:
     """Standard output of a command with PYTHONPATH = `path`; fails with its error text."""
-    environment = os.environ | {"PYTHONPATH": path}
+    environment = os.environ | {"PYTHONPATH": path} | variables
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -78,7 +78,15 @@ def test_every_dependency_has_a_lower_bound_and_the_constraints_fit():
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory) -> Path:
+def tree(tmp_path_factory) -> Path:
+    """A copy of the repository, where what one build has compiled serves the next."""
+    copy = tmp_path_factory.mktemp("tree") / "fastsd"
+    copy_tree(ROOT, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory, tree) -> Path:
     """A wheel and a source archive, built with the setuptools that is installed here."""
     folder = tmp_path_factory.mktemp("dist")
     program = (
@@ -86,16 +94,21 @@ def distributions(tmp_path_factory) -> Path:
         "folder = sys.argv[1]\n"
         "backend.build_sdist(folder), backend.build_wheel(folder)"
     )
-    copy = tmp_path_factory.mktemp("tree") / "fastsd"
-    copy_tree(ROOT, copy)
-    run(sys.executable, "-c", program, folder, cwd=copy)
+    run(sys.executable, "-c", program, folder, cwd=tree)
     return folder
 
 
 def copy_tree(source: Path, target: Path) -> None:
     """The repository without environments, runs and caches: building writes beside the sources."""
-    skipped = (".git", ".venv*", "runs", "models", "build", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*skipped))
+    skipped = (".git", ".venv*", "build", "*.egg-info", "__pycache__", ".*_cache")
+    anywhere, at_root = shutil.ignore_patterns(*skipped), shutil.ignore_patterns("runs", "models")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return anywhere(folder, names) | (
+            at_root(folder, names) if folder == str(source) else set()
+        )
+
+    shutil.copytree(source, target, ignore=ignored)
 
 
 def test_the_wheel_holds_both_packages_and_their_data(distributions):
@@ -139,10 +152,12 @@ def test_an_unpacked_wheel_runs_from_the_root_and_from_elsewhere(distributions, 
 
 
 @pytest.mark.parametrize("editable", [True, False])
-def test_both_kinds_of_install_run_from_the_root_and_from_elsewhere(tmp_path, editable):
-    """A fresh environment that sees this one's packages; only fastsd is installed in it."""
-    tree = tmp_path / "tree"
-    copy_tree(ROOT, tree)
+def test_both_kinds_of_install_run_from_the_root_and_from_elsewhere(
+    distributions, tree, tmp_path, editable
+):
+    """A fresh environment that sees this one's packages; only fastsd is installed in it. The tree
+    is the one that the distributions were built in, so its library is not compiled once more; an
+    editable install, which would, goes on without a compiler."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
@@ -150,7 +165,8 @@ def test_both_kinds_of_install_run_from_the_root_and_from_elsewhere(tmp_path, ed
     (Path(site) / "outer.pth").write_text(outer)
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--ignore-installed"]
     source = ["--editable", tree] if editable else [tree]
-    run(python, "-m", "pip", "install", *options, *source)
+    compilers = {"CC": "false", "CXX": "false"} if editable else {}
+    run(python, "-m", "pip", "install", *options, *source, **compilers)
     where = "import fastsd_kernels, fastsd; print(fastsd.__file__, fastsd_kernels.__file__)"
     files = run(python, "-P", "-c", where, cwd=tmp_path).split()
     home = str(tree) if editable else site

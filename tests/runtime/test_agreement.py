@@ -16,6 +16,7 @@ from fastsd.runtime import agreement
 from fastsd.runtime.agreement import refuse_differences
 from fastsd.runtime.world import ALONE, World, _refuse_other_devices, _take_gpu
 from fastsd.tasks import chain_sum
+from fastsd.training import preflight
 
 BASE = Path(chain_sum.__file__).parent / "chain_sum_base"
 
@@ -86,7 +87,7 @@ def test_one_process_computes_no_digest():
 
 def test_the_digest_of_the_weights_sees_names_shapes_types_and_values():
     weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(2)}
-    digest = agreement._weights_digest(weights)
+    digest = preflight._weights_digest(weights)
     changed = [
         {"c": weights["a"], "b": weights["b"]},
         {**weights, "a": weights["a"].view(3, 2)},
@@ -95,12 +96,12 @@ def test_the_digest_of_the_weights_sees_names_shapes_types_and_values():
         {**weights, "a": weights["a"].nextafter(torch.tensor(9.0))},
         {"a": weights["a"]},
     ]
-    assert agreement._weights_digest({k: v.clone() for k, v in weights.items()}) == digest
-    assert digest not in [agreement._weights_digest(other) for other in changed]
+    assert preflight._weights_digest({k: v.clone() for k, v in weights.items()}) == digest
+    assert digest not in [preflight._weights_digest(other) for other in changed]
     uneven = torch.arange(16, dtype=torch.uint8)
-    assert agreement._bit_sum(uneven[1:12]) == agreement._bit_sum(uneven[1:12].clone())
+    assert preflight._bit_sum(uneven[1:12]) == preflight._bit_sum(uneven[1:12].clone())
     scalar = {"s": torch.tensor(1.5, dtype=torch.bfloat16), "e": torch.zeros(0)}
-    assert agreement._weights_digest(scalar) != digest
+    assert preflight._weights_digest(scalar) != digest
 
 
 def test_the_digest_of_the_code_sees_an_edit(tmp_path, monkeypatch):
