@@ -219,7 +219,7 @@ def test_missing_answer_is_an_error(function):
 
 
 def user(name):
-    return load_reward(RewardConfig(function=f"tests.reward_functions:{name}"), None)
+    return load_reward(RewardConfig(function=f"tests.helpers.reward_functions:{name}"), None)
 
 
 def test_user_function_gets_columns_and_may_give_no_signal():
@@ -232,7 +232,7 @@ def test_user_function_gets_columns_and_may_give_no_signal():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("explodes", "tests.reward_functions:explodes raised ZeroDivisionError"),
+        ("explodes", "tests.helpers.reward_functions:explodes raised ZeroDivisionError"),
         ("one_too_many", "returned 3 rewards for 2 completions"),
         ("text", "returned '1.0' for completion 0"),
         ("not_a_number", "returned nan for completion 0.*None for no signal"),
@@ -249,9 +249,9 @@ def test_bad_user_functions(name, message):
     [
         ("task", "set data.task"),
         ("maths", 'did you mean "math"'),
-        ("tests.reward_functions:nothing", "AttributeError"),
+        ("tests.helpers.reward_functions:nothing", "AttributeError"),
         ("no_such_module:f", "ModuleNotFoundError"),
-        ("tests.reward_functions:NOT_CALLABLE", "is a int, not callable"),
+        ("tests.helpers.reward_functions:NOT_CALLABLE", "is a int, not callable"),
     ],
 )
 def test_bad_names(function, message):
